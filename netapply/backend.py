@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from netapply.errors import UnsupportedError
 from netapply.kernel import Kernel
-from netapply.ruleset import Family, Ruleset
+from netapply.ruleset import Chain, Family, Rule, Ruleset, Table
 
 #: table family, table name, chain name, index in head + rules -> (packets, bytes)
 Counters: TypeAlias = Mapping[tuple[str, str, str, int], tuple[int, int]]
@@ -47,6 +47,23 @@ class Dialect(NamedTuple):
     families: Literal["split", "inet"]
     port_slots: int
     sets_from: int
+
+
+class Owned(NamedTuple):
+    """How ours is told from everybody else's, without a plan.
+
+    Chains whose names begin with `prefix`, and jumps to them, are ours in the iptables dialects; the inet table
+    `table` is in native nftables; sets whose names begin with `sets` are everywhere. `direct` are rules that a layout
+    puts straight into built-in chains: (table family, table, chain, rule), recognised by equality.
+    """
+
+    prefix: str = "NETAPPLY_"
+    table: str = "netapply"
+    sets: str = "netapply-"
+    direct: tuple[tuple[str, str, str, Rule], ...] = ()
+
+
+OURS = Owned()
 
 
 class Probe(NamedTuple):
@@ -103,11 +120,11 @@ class Backend(Protocol):
         """Whether this dialect works here. Creates and changes nothing."""
         ...
 
-    def detect(self, kernel: Kernel) -> bool:
+    def detect(self, kernel: Kernel, owned: Owned = OURS) -> bool:
         """Whether anything of ours stands in this dialect. Cheap, and creates nothing."""
         ...
 
-    def read(self, kernel: Kernel) -> Snapshot:
+    def read(self, kernel: Kernel, owned: Owned = OURS) -> Snapshot:
         """All there is, ours and foreign. Creates nothing, not even an empty table."""
         ...
 
@@ -121,6 +138,10 @@ class Backend(Protocol):
 
     def render(self, ruleset: Ruleset) -> str:
         """The text that the dialect's own tool prints or restores. Pure."""
+        ...
+
+    def render_rule(self, table: Table, chain: Chain, rule: Rule) -> str:
+        """One rule as the dialect's own tool prints it, on one line. Pure."""
         ...
 
 

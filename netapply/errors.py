@@ -9,6 +9,7 @@
     ├── KernelError          a system call or a netlink operation failed
     ├── DecodeError          bytes that should be ours are not well-formed
     ├── JournalError         the write-ahead journal cannot be written or read
+    ├── CancelledError       the caller gave up while the transaction ran
     └── ApplyError           the transaction failed; says whether the roll-back held
 
 Branch on the class and on `errno`, never on the English text.
@@ -97,10 +98,16 @@ class GenerationChanged(KernelError):
     """Somebody changed the rule set between our read and our commit. Read again and retry."""
 
 
+class CancelledError(NetapplyError):
+    """The caller gave up; the cause of an ApplyError, as all was rolled back."""
+
+
 class ApplyError(NetapplyError):
     """The transaction failed at `step`. `restored` says whether the namespace is proven to be as it was."""
 
-    def __init__(self, step: str, cause: BaseException, *, restored: bool, rollback: BaseException | None = None) -> None:
+    def __init__(
+        self, step: str, cause: BaseException, *, restored: bool, rollback: BaseException | None = None
+    ) -> None:
         state = "the namespace is as it was" if restored else "the namespace could NOT be restored"
         undo = f"; the roll-back failed too: {rollback}" if rollback else ""
         super().__init__(f"{step}: {cause}; {state}{undo}", next_step=getattr(cause, "next_step", ""))

@@ -235,6 +235,14 @@ class RestoreMark(NamedTuple):
     kind: Literal["restore-mark"] = "restore-mark"
 
 
+class SetConnmark(NamedTuple):
+    """Connection mark = (mark & ~mask) ^ value, as CONNMARK --set-xmark. Not terminal."""
+
+    value: int
+    mask: int = 0xFFFFFFFF
+    kind: Literal["set-connmark"] = "set-connmark"
+
+
 class SetZone(NamedTuple):
     """Conntrack zone 0..65535, in the raw table, before tracking. The first one counts. Not terminal."""
 
@@ -250,7 +258,8 @@ class Log(NamedTuple):
 
 
 Statement: TypeAlias = (
-    Jump | Return | Accept | Drop | Redirect | Dnat | TProxy | SetMark | SaveMark | RestoreMark | SetZone | Log
+    Jump | Return | Accept | Drop | Redirect | Dnat | TProxy | SetMark | SaveMark | RestoreMark | SetConnmark
+    | SetZone | Log
 )  # fmt: skip
 Terminal: TypeAlias = Return | Accept | Drop | Redirect | Dnat | TProxy
 

@@ -1,0 +1,207 @@
+"""From what is there to what should be: one replacement for each table that changes. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from netapply.errors import ConflictError, UnsupportedError
+from netapply.ruleset import FAMILIES, Ruleset
+from netapply_iptables_legacy.entries import (
+    NAME_SIZE,
+    RETURN,
+    Block,
+    Entry,
+    assemble,
+    empty_table,
+    plain_entry,
+)
+from netapply_iptables_legacy.rules import encode_rule
+from netapply_iptables_legacy.snapshot import ORDER, KernelTable, LegacySnapshot, Part
+from netapply_wire.ipset import CreateSet, DestroySet, split
+from netapply_wire.iptables_save import BUILT_IN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from netapply.ruleset import Chain, Family, Rule, Table
+    from netapply_iptables_legacy.sockopt import Blob
+
+NEW = -1
+
+
+class ReplaceTable(NamedTuple):
+    """The step that exchanges one table.
+
+    `before` is what it was computed from, `created` says that there was no such table. `carry` has for each entry of
+    `after` the place of the old entry whose counters it takes over, or NEW. `sets` are the places in `after` where the
+    index of a set goes: (offset, name).
+    """
+
+    before: KernelTable
+    created: bool
+    after: Blob
+    carry: tuple[int, ...]
+    sets: tuple[tuple[int, str], ...]
+
+    @property
+    def name(self) -> str:
+        return f"replace table {self.before.family} {self.before.name}"
+
+
+LegacyStep = ReplaceTable | CreateSet | DestroySet
+
+
+class _Numbered(NamedTuple):
+    """An entry of the new table and the place of the old one that it is, or NEW."""
+
+    entry: Entry
+    origin: int
+
+
+def encode_steps(current: LegacySnapshot, desired: Ruleset | None) -> tuple[LegacyStep, ...]:
+    """Sets first, then the tables as in ORDER, then the sets that nobody uses any more; for a clean, capture first.
+
+    Raises UnsupportedError for what iptables cannot express, ConflictError where a foreign rule jumps to our chains.
+    """
+    wanted = desired or Ruleset()
+    tables = {(table.family, table.name): table for table in wanted.tables}
+    for family, name in tables:
+        if family == "inet" or name not in ORDER:
+            raise UnsupportedError(f"iptables has no table {family} {name}")
+    standing = {each.name: each.held for each in current.sets}
+    creates = [CreateSet(each) for each in wanted.sets if standing.get(each.name) != len(split(each.elements))]
+    kept = {each.name for each in wanted.sets}
+    destroys = [DestroySet(name) for name in standing if name not in kept]
+    order = ORDER if desired is not None else ORDER[::-1]
+    places: list[tuple[Family, str]] = [(family, name) for name in order for family in FAMILIES]
+    replaces = [step for place in places if (step := _replace(current, place, tables.get(place))) is not None]
+    return (*creates, *replaces, *destroys)
+
+
+def _replace(current: LegacySnapshot, place: tuple[Family, str], wanted: Table | None) -> ReplaceTable | None:
+    family, name = place
+    table = current.tables.get(place)
+    if table is None:
+        if wanted is None or not any(chain.rules or chain.head or chain.base is None for chain in wanted.chains):
+            return None
+        before = _missing(family, name)
+        parts = tuple(Part(block) for block in before.blocks)
+    else:
+        before, parts = table, current.parts[place]
+    chains = {chain.name: chain for chain in wanted.chains} if wanted else {}
+    new = _Builder(family, current.indices, parts).build(chains)
+    if _same(before.blocks, new):
+        return None
+    _refuse_foreign_jumps(place, parts)
+    blocks = [Block(chain.name, chain.hook, 0, tuple(each.entry for each in chain.entries)) for chain in new]
+    after = assemble(family, blocks)
+    return ReplaceTable(before, table is None, after, *_counters_and_sets(new, after))
+
+
+class _NewChain(NamedTuple):
+    name: str
+    hook: int
+    entries: tuple[_Numbered, ...]
+
+
+class _Builder:
+    """Puts the chains of one table together from what stands there and what is wanted."""
+
+    def __init__(self, family: Family, indices: Mapping[str, int], parts: tuple[Part, ...]) -> None:
+        self._family: Family = family
+        self._indices = indices
+        self._parts = parts
+
+    def build(self, wanted: Mapping[str, Chain]) -> tuple[_NewChain, ...]:
+        """Built-in chains, then foreign ones as they stood, then ours as wanted."""
+        theirs = [part for part in self._parts if not part.ours]
+        names = {part.block.name for part in theirs}
+        ours = {part.block.name: part for part in self._parts if part.ours}
+        found = [self._shared(part, wanted.get(part.block.name)) for part in theirs]
+        for name, chain in wanted.items():
+            if name not in names:
+                if chain.base is not None:
+                    raise UnsupportedError(f"the table has no built-in chain {name}")
+                found.append(self._own(chain, ours.get(name)))
+        return tuple(found)
+
+    def _shared(self, part: Part, wanted: Chain | None) -> _NewChain:
+        name, hook = part.block.name, part.block.hook
+        foreign = [_Numbered(entry, origin) for origin, entry in part.foreign]
+        policy = _Numbered(part.policy[1], part.policy[0])
+        if wanted is None:
+            return _NewChain(name, hook, (*foreign, policy))
+        if hook < 0:
+            raise ConflictError(f"a chain {name} stands there that is not ours")
+        pool = _Pool(part.head + part.rules)
+        head, rules = self._rules(wanted.head, pool), self._rules(wanted.rules, pool)
+        return _NewChain(name, hook, (*head, *foreign, *rules, policy))
+
+    def _own(self, wanted: Chain, standing: Part | None) -> _NewChain:
+        if len(wanted.name.encode()) > NAME_SIZE:
+            raise UnsupportedError(f"chain {wanted.name}: a name has at most {NAME_SIZE} bytes")
+        pool = _Pool(standing.rules if standing else ())
+        end = _Numbered(plain_entry(self._family, RETURN), standing.policy[0] if standing else NEW)
+        return _NewChain(wanted.name, -1, (*self._rules(wanted.head + wanted.rules, pool), end))
+
+    def _rules(self, rules: Sequence[Rule], pool: _Pool) -> Iterator[_Numbered]:
+        for rule in rules:
+            entry = encode_rule(rule, self._family, self._indices)
+            yield _Numbered(entry, pool.take(entry))
+
+
+class _Pool:
+    """The places of the entries that stand in a chain of ours, each to be given to one new entry that is the same."""
+
+    def __init__(self, entries: Sequence[tuple[int, Entry]]) -> None:
+        self._places: dict[tuple[bytes, str | None], list[int]] = {}
+        for place, entry in reversed(entries):
+            self._places.setdefault(entry.key, []).append(place)
+
+    def take(self, entry: Entry) -> int:
+        places = self._places.get(entry.key)
+        return places.pop() if places else NEW
+
+
+def _missing(family: Family, name: str) -> KernelTable:
+    """A table that is not there, as the kernel will create it."""
+    blocks = empty_table(family, BUILT_IN[name])
+    blob = assemble(family, blocks)
+    return KernelTable(family, name, blob.info, blob.data, blocks)
+
+
+def _same(before: Sequence[Block], after: Sequence[_NewChain]) -> bool:
+    """Whether each chain would hold what it holds. The order of chains means nothing, and iptables changes it."""
+    if len(before) != len(after):
+        return False
+    standing = {block.name: block.entries for block in before}
+    for chain in after:
+        entries = standing.get(chain.name)
+        if entries is None or len(entries) != len(chain.entries):
+            return False
+        if any(old.key != new.entry.key for old, new in zip(entries, chain.entries, strict=True)):
+            return False
+    return True
+
+
+def _refuse_foreign_jumps(place: tuple[Family, str], parts: Sequence[Part]) -> None:
+    ours = {part.block.name for part in parts if part.ours}
+    for part in parts:
+        for _, entry in part.foreign:
+            if entry.jump in ours:
+                raise ConflictError(
+                    f"table {place[0]} {place[1]}: chain {part.block.name}, which is not ours, jumps to {entry.jump}",
+                    next_step="remove that rule, or rename the chain that it jumps to",
+                )
+
+
+def _counters_and_sets(chains: Sequence[_NewChain], after: Blob) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
+    carry: list[int] = []
+    sets: list[tuple[int, str]] = []
+    for chain in chains:
+        if chain.hook < 0:
+            carry.append(NEW)  # the header
+        for entry, origin in chain.entries:
+            sets += [(after.offsets[len(carry)] + offset, name) for offset, name in entry.sets]
+            carry.append(origin)
+    return (*carry, NEW), tuple(sets)

@@ -1,0 +1,206 @@
+"""What is in the tables of a namespace: read, told apart into ours and foreign, ours decoded when somebody asks."""
+
+from __future__ import annotations
+
+import errno
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from netapply.errors import ConflictError, DecodeError, KernelError
+from netapply.ruleset import FAMILIES, Base, Chain, Ruleset, Table
+from netapply_iptables_legacy.entries import ACCEPT, Block, Entry, entry_counters, entry_offsets, parse, plain_entry
+from netapply_iptables_legacy.rules import decode_rule, encode_rule
+from netapply_iptables_legacy.sockopt import HOOKS, Info, get_entries, get_info, table_names
+from netapply_wire.ipset import Listed, list_sets, set_index
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from netapply.backend import Counters, Owned
+    from netapply.kernel import Kernel
+    from netapply.ruleset import ChainType, Family, Hook, Rule
+
+#: Tables in the order in which they are put up: what captures comes last.
+ORDER = ("raw", "mangle", "filter", "nat")
+_PRIORITIES = {"raw": -300, "mangle": -150, "filter": 0}  # enum nf_ip_hook_priorities
+_NAT_PRIORITIES = {"PREROUTING": -100, "INPUT": 100, "OUTPUT": -100, "POSTROUTING": 100}
+_HOOKS: dict[str, Hook] = {
+    "PREROUTING": "prerouting",
+    "INPUT": "input",
+    "FORWARD": "forward",
+    "OUTPUT": "output",
+    "POSTROUTING": "postrouting",
+}
+_READ_ATTEMPTS = 16
+
+
+class KernelTable(NamedTuple):
+    """One table as it was read: its bytes, and the same cut into chains."""
+
+    family: Family
+    name: str
+    info: Info
+    data: bytes
+    blocks: tuple[Block, ...]
+
+
+class Part(NamedTuple):
+    """A chain, told apart. Each entry comes with its place in the table.
+
+    `head` are ours before the first foreign one, `rules` ours after it; where there is no foreign one all are `head`.
+    """
+
+    block: Block
+    ours: bool = False
+    head: tuple[tuple[int, Entry], ...] = ()
+    foreign: tuple[tuple[int, Entry], ...] = ()
+    rules: tuple[tuple[int, Entry], ...] = ()
+
+    @property
+    def policy(self) -> tuple[int, Entry]:
+        """The last entry: the policy of a built-in chain, or the RETURN at the end of another."""
+        return self.block.first + len(self.block.entries) - 1, self.block.entries[-1]
+
+
+def read_table(kernel: Kernel, family: Family, name: str) -> KernelTable:
+    """Read a table that exists (one that does not is created by looking). Raises KernelError, DecodeError."""
+    for _ in range(_READ_ATTEMPTS):
+        try:
+            info = get_info(kernel, family, name)
+            data = get_entries(kernel, family, name, info.size)
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                continue  # it was replaced between the two calls
+            raise KernelError(f"read table {family} {name}", error.errno or errno.EIO) from error
+        return KernelTable(family, name, info, data, parse(family, info, data))
+    raise ConflictError(f"somebody keeps changing table {family} {name} while it is read")
+
+
+class LegacySnapshot:
+    """The tables of a namespace at one moment, and our sets. See `netapply.backend.Snapshot`."""
+
+    def __init__(self, owned: Owned, tables: tuple[KernelTable, ...], sets: tuple[Listed, ...]) -> None:
+        self.owned = owned
+        self.tables: Mapping[tuple[Family, str], KernelTable] = {(table.family, table.name): table for table in tables}
+        self.sets = sets
+        self.indices: Mapping[str, int] = {}
+
+    @classmethod
+    def read(cls, kernel: Kernel, owned: Owned) -> LegacySnapshot:
+        """Read every table that there is. Creates none."""
+        tables = tuple(
+            read_table(kernel, family, name)
+            for family in FAMILIES
+            for name in table_names(kernel, family)
+            if name in ORDER
+        )
+        found = cls(owned, tables, list_sets(kernel, owned.sets))
+        found.indices = {each.name: set_index(kernel, each.name) for each in found.sets}
+        return found
+
+    @cached_property
+    def parts(self) -> Mapping[tuple[Family, str], tuple[Part, ...]]:
+        """Each table's chains, told apart."""
+        return {key: self._tell_apart(table) for key, table in self.tables.items()}
+
+    def _tell_apart(self, table: KernelTable) -> tuple[Part, ...]:
+        prefix = self.owned.prefix
+        found: list[Part] = []
+        for block in table.blocks:
+            numbered = tuple(enumerate(block.entries[:-1], block.first))
+            if block.hook < 0:
+                ours = block.name.startswith(prefix)
+                found.append(Part(block, ours, rules=numbered) if ours else Part(block, foreign=numbered))
+                continue
+            direct = self._direct(table, block.name)
+            mine = [bool(entry.jump and entry.jump.startswith(prefix)) or entry.key in direct for _, entry in numbered]
+            first = mine.index(False) if False in mine else len(mine)
+            foreign = tuple(each for each, is_mine in zip(numbered, mine, strict=True) if not is_mine)
+            rules = tuple(each for each, is_mine in zip(numbered[first:], mine[first:], strict=True) if is_mine)
+            found.append(Part(block, head=numbered[:first], foreign=foreign, rules=rules))
+        return tuple(found)
+
+    def _direct(self, table: KernelTable, chain: str) -> set[tuple[bytes, str | None]]:
+        place = (table.family, table.name, chain)
+        rules = [rule for *where, rule in self.owned.direct if tuple(where) == place]
+        return {encode_rule(rule, table.family, self.indices).key for rule in rules}
+
+    @property
+    def ruleset(self) -> Ruleset | None:
+        """Ours, decoded. Raises DecodeError.
+
+        Tables come as in ORDER, ip before ip6, built-in chains in the order of their hooks, then ours as they stand.
+        In a built-in chain without foreign rules, where first and last are the same, ours are its `head`.
+        """
+        return self._ruleset
+
+    @cached_property
+    def _ruleset(self) -> Ruleset | None:
+        tables = tuple(
+            Table(family, name, chains)
+            for name in ORDER
+            for family in FAMILIES
+            if (family, name) in self.tables and (chains := self._chains(family, name))
+        )
+        if not tables and not self.sets:
+            return None
+        return Ruleset(tables, tuple(each.decode() for each in self.sets))
+
+    def _chains(self, family: Family, name: str) -> tuple[Chain, ...]:
+        names = {index: each for each, index in self.indices.items()}
+
+        def decode(part: Part, entries: tuple[tuple[int, Entry], ...]) -> tuple[Rule, ...]:
+            try:
+                return tuple(decode_rule(entry, family, names) for _, entry in entries)
+            except DecodeError as error:
+                raise DecodeError(f"table {family} {name}, chain {part.block.name}: {error}") from error
+
+        return tuple(
+            Chain(part.block.name, decode(part, part.rules), base_of(name, part.block), decode(part, part.head))
+            for part in self.parts[family, name]
+            if part.ours or part.head or part.rules
+        )
+
+    @property
+    def counters(self) -> Counters:
+        """Packets and bytes of each of our rules."""
+        return self._counters
+
+    @cached_property
+    def _counters(self) -> Counters:
+        found: dict[tuple[str, str, str, int], tuple[int, int]] = {}
+        for (family, name), table in self.tables.items():
+            counted = entry_counters(family, entry_offsets(family, table.data), table.data)
+            for part in self.parts[family, name]:
+                for index, (place, _) in enumerate(part.head + part.rules):
+                    found[family, name, part.block.name, index] = counted[place]
+        return found
+
+    @property
+    def foreign(self) -> object:
+        """Every table with foreign rules or chains or a policy that is not ACCEPT: its chains' entries in order."""
+        return self._foreign
+
+    @cached_property
+    def _foreign(self) -> object:
+        found: list[object] = []
+        for key, parts in self.parts.items():
+            plain = plain_entry(key[0], ACCEPT)
+            theirs = [
+                (part.block.name, part.policy[1], tuple(entry for _, entry in part.foreign))
+                for part in parts
+                if not part.ours
+            ]
+            if any(entries or part_policy != plain or name not in HOOKS for name, part_policy, entries in theirs):
+                found.append((key, tuple(theirs)))
+        return tuple(found)
+
+
+def base_of(table: str, block: Block) -> Base | None:
+    """What a built-in chain is to the kernel; None for another."""
+    if block.hook < 0:
+        return None
+    if table == "nat":
+        return Base("nat", _HOOKS[block.name], _NAT_PRIORITIES[block.name])
+    kind: ChainType = "route" if (table, block.name) == ("mangle", "OUTPUT") else "filter"
+    return Base(kind, _HOOKS[block.name], _PRIORITIES[table])

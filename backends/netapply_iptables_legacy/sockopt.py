@@ -1,0 +1,105 @@
+"""The socket options of ip_tables and ip6_tables: numbers and structures of linux/netfilter_ipv4/ip_tables.h,
+linux/netfilter_ipv6/ip6_tables.h and linux/netfilter/x_tables.h, on a 64-bit machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from netapply.errors import KernelError
+from netapply.kernel import Scratch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from netapply.kernel import Kernel
+    from netapply.ruleset import Family
+
+# The same in both families but for the revision queries.
+SO_SET_REPLACE, SO_SET_ADD_COUNTERS = 64, 65
+SO_GET_INFO, SO_GET_ENTRIES = 64, 65
+SO_GET_REVISION_MATCH: dict[Family, int] = {"ip": 66, "ip6": 68}
+SO_GET_REVISION_TARGET: dict[Family, int] = {"ip": 67, "ip6": 69}
+
+HOOKS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")  # enum nf_inet_hooks
+NAMES_FILE: dict[Family, str] = {"ip": "net/ip_tables_names", "ip6": "net/ip6_tables_names"}
+
+_INFO = struct.Struct("=32sI5I5III")  # ipt_getinfo
+_GET_ENTRIES = struct.Struct("=32sI4x")  # ipt_get_entries
+_REPLACE = struct.Struct("=32sIII5I5II8x")  # ipt_replace; the pointer to the counters' buffer comes last
+_COUNTERS_INFO = struct.Struct("=32sI4x")  # xt_counters_info
+_REVISION = struct.Struct("=29sB")  # xt_get_revision
+_COUNTERS_POINTER = 88
+COUNTERS_SIZE = 16  # xt_counters: packets, bytes
+
+
+class Info(NamedTuple):
+    """What GET_INFO says of a table. Offsets are by hook; those of hooks that are not in `valid_hooks` mean nothing."""
+
+    valid_hooks: int
+    hook_entry: tuple[int, ...]
+    underflow: tuple[int, ...]
+    entries: int
+    size: int
+
+
+class Blob(NamedTuple):
+    """The entries of a whole table as the kernel takes and gives them, with the offset of each."""
+
+    info: Info
+    data: bytes
+    offsets: tuple[int, ...]
+
+
+def table_names(kernel: Kernel, family: Family) -> tuple[str, ...]:
+    """The tables that the namespace has; () where the kernel has no such tables at all. Creates none."""
+    try:
+        return tuple(kernel.read_file(NAMES_FILE[family]).split())
+    except FileNotFoundError:
+        return ()
+
+
+def get_info(kernel: Kernel, family: Family, table: str) -> Info:
+    """GET_INFO. It creates the table where there is none: ask `table_names` first. Raises OSError."""
+    answer = kernel.getsockopt(family, SO_GET_INFO, table.encode().ljust(_INFO.size, b"\0"))
+    _, valid_hooks, *offsets, entries, size = _INFO.unpack(answer)
+    return Info(valid_hooks, tuple(offsets[:5]), tuple(offsets[5:]), entries, size)
+
+
+def get_entries(kernel: Kernel, family: Family, table: str, size: int) -> bytes:
+    """GET_ENTRIES. Raises OSError: EAGAIN where the table's size is another one by now."""
+    request = _GET_ENTRIES.pack(table.encode(), size) + bytes(size)
+    return kernel.getsockopt(family, SO_GET_ENTRIES, request)[_GET_ENTRIES.size :]
+
+
+def replace(kernel: Kernel, family: Family, table: str, blob: Blob, before: int) -> bytes:
+    """SET_REPLACE a table that has `before` entries; returns their counters, up to the moment of the exchange.
+
+    Raises OSError: EAGAIN where the number of entries is another one by now.
+    """
+    info = blob.info
+    head = _REPLACE.pack(
+        table.encode(), info.valid_hooks, info.entries, info.size, *info.hook_entry, *info.underflow, before
+    )
+    scratch = Scratch(_COUNTERS_POINTER, before * COUNTERS_SIZE)
+    return kernel.setsockopt(family, SO_SET_REPLACE, head + blob.data, scratch)
+
+
+def add_counters(kernel: Kernel, family: Family, table: str, counters: Sequence[bytes]) -> None:
+    """SET_ADD_COUNTERS: add to each entry's packets and bytes. Raises OSError."""
+    head = _COUNTERS_INFO.pack(table.encode(), len(counters))
+    kernel.setsockopt(family, SO_SET_ADD_COUNTERS, head + b"".join(counters))
+
+
+def has_extension(kernel: Kernel, family: Family, option: dict[Family, int], name: str, revision: int) -> bool:
+    """Whether the kernel has a match or target in this revision. It may load a module. Raises KernelError."""
+    try:
+        kernel.getsockopt(family, option[family], _REVISION.pack(name.encode(), revision))
+    except OSError as error:
+        # ENOENT: no such extension; EPROTONOSUPPORT: not in this revision
+        if error.errno in (errno.ENOENT, errno.EPROTONOSUPPORT):
+            return False
+        raise KernelError(f"look for {name} revision {revision}", error.errno or errno.EIO) from error
+    return True

@@ -1,0 +1,296 @@
+"""Rules of ours as the kernel dumps them, and back to what they mean.
+
+Decoding is strict: an expression, register or flag that `encode_rule` would not write makes the rule "not one of ours".
+The native spelling of protocol, port and mark is the exception: iptables from 1.8.8 on gives it to our rules when
+somebody saves and restores them, and they mean what they meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from struct import Struct
+from typing import Literal, NamedTuple, TypeAlias
+
+from netapply.errors import DecodeError
+from netapply.ruleset import (
+    Accept,
+    AddressMatch,
+    Cidr,
+    Drop,
+    Family,
+    IfaceMatch,
+    Jump,
+    LimitMatch,
+    MarkMatch,
+    Match,
+    PortMatch,
+    PortRange,
+    ProtocolMatch,
+    Return,
+    Rule,
+    Statement,
+)
+from netapply_iptables_nft.encode import ADDRESS_OFFSET, prefix_mask
+from netapply_wire.expressions import (
+    NF_ACCEPT,
+    NF_DROP,
+    NFT_CMP_EQ,
+    NFT_CMP_NEQ,
+    NFT_JUMP,
+    NFT_LIMIT_PKTS,
+    NFT_META_IIFNAME,
+    NFT_META_L4PROTO,
+    NFT_META_MARK,
+    NFT_META_OIFNAME,
+    NFT_PAYLOAD_NETWORK_HEADER,
+    NFT_PAYLOAD_TRANSPORT_HEADER,
+    NFT_RETURN,
+    NFTA_DATA_VALUE,
+    NFTA_DATA_VERDICT,
+    NFTA_VERDICT_CHAIN,
+    NFTA_VERDICT_CODE,
+    Expression,
+    expression,
+    parse_expressions,
+)
+from netapply_wire.nfnetlink import number, parse_attributes, text
+from netapply_wire.xtables import Extension, decode_comment, decode_match, decode_target
+
+#: Indices of sets, and their names.
+SetNames: TypeAlias = tuple[tuple[int, str], ...]
+Field: TypeAlias = Literal["in", "out", "src", "dst", "protocol", "mark", "sport", "dport"]
+
+#: The canonical order of what lives in the ip header (`in` and `out`, addresses, protocol); the rest keeps its own.
+_HEADER_ORDER: dict[Field, int] = {"in": 0, "out": 1, "src": 2, "dst": 3, "protocol": 4}
+_META: dict[int, Field] = {
+    NFT_META_IIFNAME: "in",
+    NFT_META_OIFNAME: "out",
+    NFT_META_L4PROTO: "protocol",
+    NFT_META_MARK: "mark",
+}
+_PAYLOAD: dict[tuple[Family, int, int], Field] = {
+    **{(family, NFT_PAYLOAD_NETWORK_HEADER, offset): side for (family, side), offset in ADDRESS_OFFSET.items()},
+    ("ip", NFT_PAYLOAD_NETWORK_HEADER, 9): "protocol",  # iptables 1.8.11
+    ("ip", NFT_PAYLOAD_TRANSPORT_HEADER, 0): "sport",
+    ("ip", NFT_PAYLOAD_TRANSPORT_HEADER, 2): "dport",
+    ("ip6", NFT_PAYLOAD_TRANSPORT_HEADER, 0): "sport",
+    ("ip6", NFT_PAYLOAD_TRANSPORT_HEADER, 2): "dport",
+}
+_FIELD_SIZE: dict[Field, int] = {"protocol": 1, "sport": 2, "dport": 2, "mark": 4}
+_VERDICTS: dict[int, Statement] = {NFT_RETURN: Return(), NF_ACCEPT: Accept(), NF_DROP: Drop()}
+
+_NLA = Struct("=HH")
+_MARK = Struct("=I")
+#: Expressions whose data the packets change, and what is kept of them: their names.
+_STATEFUL = {name.encode() + b"\0": expression(name) for name in ("counter", "quota", "last")}
+
+
+class Load(NamedTuple):
+    """What the register holds: a field of the packet, `size` bytes of it, ANDed with `mask` if that is not empty."""
+
+    field: Field
+    size: int
+    mask: bytes = b""
+
+
+def split_state(expressions: bytes) -> tuple[bytes, tuple[int, int]]:
+    """A dumped rule without what packets change in it, and its (packets, bytes).
+
+    Equal bytes then mean an unchanged rule; that is also what makes decoding worth caching. Raises DecodeError.
+    """
+    kept: list[bytes] = []
+    counters, start, offset, end = (0, 0), 0, 0, len(expressions)
+    while offset < end:
+        size, _ = _NLA.unpack_from(expressions, offset)
+        after = offset + ((size + 3) & ~3)
+        if size < 8 or after > end:
+            raise DecodeError(f"an expression of {size} bytes does not fit in the {end - offset} that are there")
+        name_size, _ = _NLA.unpack_from(expressions, offset + 4)
+        name = expressions[offset + 8 : offset + 4 + name_size]
+        if name in _STATEFUL:
+            if name == b"counter\0":
+                found = parse_expressions(expressions[offset:after])[0]
+                counters = (found.number(2), found.number(1))
+            kept += (expressions[start:offset], _STATEFUL[name])
+            start = after
+        offset = after
+    return b"".join((*kept, expressions[start:])), counters
+
+
+def jump_target(expressions: bytes) -> str | None:
+    """The chain that a rule jumps or goes to, whatever else it does; None where it goes to none. Raises DecodeError."""
+    for each in parse_expressions(expressions):
+        if each.name == "immediate" and NFTA_VERDICT_CHAIN in (found := _verdict(each)):
+            return text(found[NFTA_VERDICT_CHAIN])
+    return None
+
+
+@lru_cache(maxsize=16384)
+def decode_rule(stateless: bytes, family: Family, sets: SetNames = ()) -> Rule:
+    """The rule that `split_state` left. Pure. Raises DecodeError for one that is not of our making."""
+    reader = _Reader(family, dict(sets))
+    for each in parse_expressions(stateless):
+        reader.read(each)
+    return reader.rule()
+
+
+class _Reader:
+    """One walk over the expressions of a rule, with the register as the kernel would fill it."""
+
+    def __init__(self, family: Family, sets: dict[int, str]) -> None:
+        self._family: Family = family
+        self._sets = sets
+        self._load: Load | None = None
+        self._header: dict[Field, Match] = {}
+        self._matches: list[Match] = []
+        self._comment = ""
+        self._counted = False
+        self._statement: Statement | None = None
+        self._readers: dict[str, Callable[[Expression], None]] = {
+            "meta": self._meta,
+            "payload": self._payload,
+            "bitwise": self._bitwise,
+            "cmp": self._cmp,
+            "range": self._range,
+            "match": self._match,
+            "limit": self._limit,
+            "counter": self._counter,
+            "immediate": self._immediate,
+            "target": self._target,
+        }
+
+    def read(self, each: Expression) -> None:
+        if each.name not in self._readers or self._statement is not None:
+            raise _foreign(each)
+        self._readers[each.name](each)
+
+    def rule(self) -> Rule:
+        if self._statement is None or self._load is not None or not self._counted:
+            raise DecodeError("a rule without a counter and a statement: not one of ours")
+        header = [self._header[field] for field in sorted(self._header, key=_HEADER_ORDER.__getitem__)]
+        return Rule((*header, *self._matches), self._statement, comment=self._comment)
+
+    def _meta(self, each: Expression) -> None:
+        field = _META.get(each.number(2))
+        self._set_load(each, None if field is None else Load(field, _FIELD_SIZE.get(field, 0)), register=1)
+
+    def _payload(self, each: Expression) -> None:
+        field, size = _PAYLOAD.get((self._family, each.number(2), each.number(3))), each.number(4)
+        wrong = field is None or _FIELD_SIZE.get(field, size) != size
+        self._set_load(each, None if wrong or field is None else Load(field, size), register=1)
+
+    def _set_load(self, each: Expression, load: Load | None, register: int) -> None:
+        if load is None or self._load is not None or each.number(register) != 1:
+            raise _foreign(each)
+        self._load = load
+
+    def _bitwise(self, each: Expression) -> None:
+        mask, flip, load = _value(each, 4), _value(each, 5), self._load
+        known = load is not None and load.field in ("src", "dst", "mark") and len(mask) == load.size and not load.mask
+        if load is None or not known or any(flip) or each.number(6) or each.number(1) != 1 or each.number(2) != 1:
+            raise _foreign(each)
+        self._load = load._replace(mask=mask)
+
+    def _cmp(self, each: Expression) -> None:
+        data = _value(each, 3)
+        self._compare(each, data, data, negate=each.number(2) == NFT_CMP_NEQ)
+
+    def _range(self, each: Expression) -> None:
+        if self._load is None or self._load.field not in ("sport", "dport"):
+            raise _foreign(each)
+        self._compare(each, _value(each, 3), _value(each, 4), negate=each.number(2) == NFT_CMP_NEQ)
+
+    def _compare(self, each: Expression, first: bytes, last: bytes, *, negate: bool) -> None:
+        load, self._load = self._load, None
+        if load is None or each.number(1) != 1 or each.number(2) not in (NFT_CMP_EQ, NFT_CMP_NEQ):
+            raise _foreign(each)
+        if load.field in ("in", "out"):
+            found: Match | None = _interface("in" if load.field == "in" else "out", first, negate=negate)
+        elif len(first) != load.size or len(last) != load.size:
+            found = None
+        elif load.field in ("src", "dst"):
+            found = _address("src" if load.field == "src" else "dst", load, self._family, first, negate=negate)
+        elif load.field == "protocol":
+            found = None if negate else ProtocolMatch(first[0])
+        elif load.field == "mark":
+            mask = _MARK.unpack(load.mask)[0] if load.mask else 0xFFFFFFFF
+            found = MarkMatch(_MARK.unpack(first)[0], mask, negate)
+        else:
+            ports = PortRange(number(first), number(last))
+            found = PortMatch("src" if load.field == "sport" else "dst", (ports,), negate)
+        if found is None or load.field in self._header:
+            raise _foreign(each)
+        if load.field in _HEADER_ORDER:
+            self._header[load.field] = found
+        else:
+            self._matches.append(found)
+
+    def _match(self, each: Expression) -> None:
+        extension = _extension(each)
+        if extension.name == "comment" and not self._comment:
+            self._comment = decode_comment(extension)
+        elif self._comment:
+            raise _foreign(each)  # ours stands last
+        else:
+            self._matches.append(decode_match(extension, self._sets))
+
+    def _limit(self, each: Expression) -> None:
+        rate, unit = each.number(1), each.number(2)
+        a_minute, rest = divmod(rate * 60, unit or 1)
+        if rest or not unit or each.number(4) != NFT_LIMIT_PKTS or each.number(5):
+            raise _foreign(each)
+        self._matches.append(LimitMatch(a_minute, each.number(3)))
+
+    def _counter(self, each: Expression) -> None:
+        if self._counted:
+            raise _foreign(each)
+        self._counted = True
+
+    def _immediate(self, each: Expression) -> None:
+        found = _verdict(each)
+        if each.number(1) or NFTA_VERDICT_CODE not in found:  # register 0 is the verdict
+            raise _foreign(each)
+        code = int.from_bytes(found[NFTA_VERDICT_CODE], signed=True)
+        jump = code == NFT_JUMP and NFTA_VERDICT_CHAIN in found
+        self._statement = Jump(text(found[NFTA_VERDICT_CHAIN])) if jump else _VERDICTS.get(code)
+        if self._statement is None:
+            raise _foreign(each)
+
+    def _target(self, each: Expression) -> None:
+        self._statement = decode_target(_extension(each), self._family)
+
+
+def _interface(direction: Literal["in", "out"], name: bytes, *, negate: bool) -> IfaceMatch | None:
+    plain = name.rstrip(b"\0")
+    if not plain:
+        return None
+    return IfaceMatch(direction, text(plain) if plain != name else text(plain) + "+", negate)
+
+
+def _address(
+    side: Literal["src", "dst"], load: Load, family: Family, value: bytes, *, negate: bool
+) -> AddressMatch | None:
+    size = 4 if family == "ip" else 16
+    mask = load.mask or b"\xff" * load.size
+    prefix = int.from_bytes(mask).bit_count()
+    if load.size > size or mask != prefix_mask(prefix, load.size) or int.from_bytes(value) & ~int.from_bytes(mask):
+        return None
+    return AddressMatch(side, Cidr(value.ljust(size, b"\0"), prefix), negate)
+
+
+def _extension(each: Expression) -> Extension:
+    return Extension(text(each.attributes.get(1, b"")), each.number(2), each.attributes.get(3, b""))
+
+
+def _value(each: Expression, kind: int) -> bytes:
+    return parse_attributes(each.attributes.get(kind, b"")).get(NFTA_DATA_VALUE, b"")
+
+
+def _verdict(each: Expression) -> dict[int, bytes]:
+    data = parse_attributes(each.attributes.get(2, b""))
+    return parse_attributes(data.get(NFTA_DATA_VERDICT, b""))
+
+
+def _foreign(each: Expression) -> DecodeError:
+    return DecodeError(f"expression {each.name}: not one of ours")

@@ -1,0 +1,164 @@
+"""One reading of a namespace: what is ours and what is not, told apart and decoded when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import NamedTuple, TypeAlias
+
+from netapply.backend import OURS, Counters, Owned
+from netapply.errors import DecodeError
+from netapply.ruleset import Chain, Jump, Rule, Ruleset, Table
+from netapply_iptables_nft.builtin import BUILT_IN, TABLES
+from netapply_iptables_nft.decode import SetNames, decode_rule, jump_target, split_state
+from netapply_iptables_nft.tables import AT_THE_END, ChainState, RuleState, TableKey, TableState
+from netapply_wire.ipset import Listed
+
+
+class OurRule(NamedTuple):
+    """A rule of ours as it stands. `rule` is None where somebody put something there that we cannot read."""
+
+    handle: int
+    rule: Rule | None
+    counters: tuple[int, int]
+
+
+Rules: TypeAlias = tuple[OurRule, ...]
+
+
+class Placed(NamedTuple):
+    """Our rules in a built-in chain: those before everybody else's, and the others."""
+
+    head: Rules
+    rules: Rules
+
+
+class View(NamedTuple):
+    """A table told apart: our chains in the kernel's order, our rules in the built-in ones, and foreign rules."""
+
+    state: TableState
+    own: Mapping[str, Rules]
+    placed: Mapping[str, Placed]
+    foreign: Mapping[str, tuple[RuleState, ...]]
+
+
+class Snapshot:
+    """What was in the namespace at one generation. `sets` are ours, `names` their kernel indices."""
+
+    def __init__(
+        self,
+        generation: int,
+        tables: Mapping[TableKey, TableState],
+        sets: tuple[Listed, ...] = (),
+        names: SetNames = (),
+        owned: Owned = OURS,
+    ) -> None:
+        self.generation = generation
+        self.tables = tables
+        self.sets = sets
+        self.names = names
+        self.owned = owned
+
+    @cached_property
+    def views(self) -> Mapping[TableKey, View]:
+        """Each table that there is, told apart."""
+        return {key: _tell_apart(self, key) for key in TABLES if key in self.tables}
+
+    @cached_property
+    def ruleset(self) -> Ruleset | None:
+        """Ours, decoded; None when nothing of ours is there.
+
+        Tables are in the order of `TABLES`; built-in chains come first, in the order of their hooks, then ours in
+        the kernel's order; sets by name. A rule that we cannot read is a jump to "<rule HANDLE>", which no chain is
+        called, so it equals nothing that we write. Raises DecodeError for a set that we cannot read.
+        """
+        tables = [Table(*key, chains) for key, view in self.views.items() if (chains := tuple(_chains(key, view)))]
+        if not tables and not self.sets:
+            return None
+        return Ruleset(tuple(tables), tuple(listed.decode() for listed in self.sets))
+
+    @cached_property
+    def counters(self) -> Counters:
+        """Packets and bytes of each of our rules."""
+        return {
+            (*key, chain, index): rule.counters
+            for key, view in self.views.items()
+            for chain, rules in _all_rules(view)
+            for index, rule in enumerate(rules)
+        }
+
+    @cached_property
+    def foreign(self) -> object:
+        """Tables, chains, policies and rules that are not ours, with the counters left out."""
+        told = ((*key, not view.state.ours, tuple(_foreign(view))) for key, view in self.views.items())
+        return tuple(each for each in told if each[2] or each[3])
+
+
+def _all_rules(view: View) -> Iterator[tuple[str, Rules]]:
+    yield from ((chain, placed.head + placed.rules) for chain, placed in view.placed.items())
+    yield from view.own.items()
+
+
+def _tell_apart(snapshot: Snapshot, key: TableKey) -> View:
+    state, prefix = snapshot.tables[key], snapshot.owned.prefix
+    own: dict[str, Rules] = {}
+    placed: dict[str, Placed] = {}
+    foreign: dict[str, tuple[RuleState, ...]] = {}
+    built_in = [name for name in BUILT_IN[key[1]] if name in state.chains]
+    for name in (*built_in, *(name for name in state.chains if name not in built_in)):
+        chain = state.chains[name]
+        if name in built_in:
+            placed[name], foreign[name] = _tell_rules_apart(snapshot, key, chain)
+        elif name.startswith(prefix) and chain.base is None:
+            own[name] = tuple(_our_rule(snapshot, key, rule) for rule in chain.rules)
+        else:
+            foreign[name] = chain.rules
+    return View(state, own, {name: each for name, each in placed.items() if any(each)}, foreign)
+
+
+def _tell_rules_apart(snapshot: Snapshot, key: TableKey, chain: ChainState) -> tuple[Placed, tuple[RuleState, ...]]:
+    owned = snapshot.owned
+    prefix = owned.prefix.encode()
+    direct = [rule for *where, rule in owned.direct if tuple(where) == (*key, chain.name)]
+    head: list[OurRule] = []
+    rules: list[OurRule] = []
+    foreign: list[RuleState] = []
+    for each in chain.rules:
+        # Most foreign rules are settled by a search for the prefix, undecoded.
+        jumps = prefix in each.expressions and (jump_target(each.expressions) or "").startswith(owned.prefix)
+        found = _our_rule(snapshot, key, each) if jumps or direct else None
+        if found is None or not (jumps or found.rule in direct):
+            foreign.append(each)
+        elif foreign or rules or each.userdata == AT_THE_END:
+            rules.append(found)
+        else:
+            head.append(found)
+    return Placed(tuple(head), tuple(rules)), tuple(foreign)
+
+
+def _our_rule(snapshot: Snapshot, key: TableKey, state: RuleState) -> OurRule:
+    stateless, counters = split_state(state.expressions)
+    try:
+        rule = decode_rule(stateless, key[0], snapshot.names)
+    except DecodeError:
+        rule = None
+    return OurRule(state.handle, rule, counters)
+
+
+def _chains(key: TableKey, view: View) -> Iterator[Chain]:
+    for name, (head, rules) in view.placed.items():
+        yield Chain(name, _readable(rules), BUILT_IN[key[1]][name], _readable(head))
+    for name, found in view.own.items():
+        yield Chain(name, _readable(found))
+
+
+def _readable(rules: Rules) -> tuple[Rule, ...]:
+    return tuple(each.rule or Rule((), Jump(f"<rule {each.handle}>")) for each in rules)
+
+
+def _foreign(view: View) -> Iterator[object]:
+    for name, rules in view.foreign.items():
+        chain = view.state.chains[name]
+        if rules or chain.altered or not chain.ours:
+            bytes_of = tuple((split_state(each.expressions)[0], each.userdata) for each in rules)
+            yield name, not chain.ours, chain.base, chain.policy, bytes_of

@@ -1,0 +1,280 @@
+"""ipset over netlink: the named sets of the iptables dialects, as sets of type hash:net.
+
+Messages and attributes are those of linux/netfilter/ipset/ip_set.h, protocol version 7. A set's name ends in a hash of
+its content, so that a set of that name is either right or still to be filled.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from netapply.errors import DecodeError, KernelError
+from netapply.kernel import NETLINK_NETFILTER
+from netapply.ruleset import Cidr, Family, NamedSet
+from netapply_wire.nfnetlink import attr, iter_attributes, nested, number, parse_attributes, string, text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from netapply.kernel import Kernel
+
+PROTOCOL = 7  # IPSET_PROTOCOL since 4.20
+TYPE, REVISION = "hash:net", 6  # revision 6 of hash:net came with 3.19
+SUBSYSTEM = 6  # NFNL_SUBSYS_IPSET
+FAMILY: dict[Family, int] = {"ip": 2, "ip6": 10}  # NFPROTO_IPV4, NFPROTO_IPV6
+
+CREATE, DESTROY, LIST, ADD, DEL = 2, 3, 7, 9, 10  # enum ipset_cmd
+ATTR_PROTOCOL, ATTR_NAME, ATTR_TYPE, ATTR_REVISION, ATTR_FAMILY = 1, 2, 3, 4, 5
+ATTR_FLAGS, ATTR_DATA, ATTR_ADT, ATTR_LINE = 6, 7, 8, 9
+DATA_IP, DATA_CIDR, DATA_HASHSIZE, DATA_MAXELEM, DATA_ELEMENTS = 1, 3, 18, 19, 24
+LIST_HEADER = 4  # IPSET_FLAG_LIST_HEADER
+NET_ORDER = 0x4000  # NLA_F_NET_BYTEORDER
+
+SO_IP_SET, SOL_IP = 83, 0
+OP_BY_NAME, OP_BY_INDEX = 6, 7
+NO_INDEX = 65535  # IPSET_INVALID_ID
+
+NLMSG_ERROR = 2
+REQUEST, ACK, DUMP = 1, 4, 0x300  # NLM_F_*; without NLM_F_EXCL creating and adding are idempotent
+
+#: Elements in one message: the attribute that holds them must stay below 64 KiB.
+CHUNK = 1000
+#: How long to wait for a rule to let go of a set: nf_tables frees its rules in the background.
+RELEASE_SECONDS = 1.0
+BUSY, REFERENCED = 4100, 4108  # IPSET_ERR_BUSY, IPSET_ERR_REFERENCED
+CAUSES = {
+    4098: "the kernel has no set type hash:net (module ip_set_hash_net)",
+    4099: "too many sets",
+    BUSY: "a rule that is not ours uses the set",
+    4101: "a set of this name exists and has another type",
+    4103: "a set of this name exists and has another type",
+    4352: "the set is full",
+}
+
+_HEADER = struct.Struct("=IHHIIBBH")  # nlmsghdr and nfgenmsg
+_BE32 = struct.Struct(">I")
+_OPERATION = struct.Struct("=II32s")  # ip_set_req_get_set: op, version, name or index
+_INDEX = struct.Struct("=H")
+_ERROR = struct.Struct("=i")
+#: One element, DATA {IP {IPADDR_IPV4 or _IPV6}, CIDR}, and the lengths and types of its first three attributes.
+_ELEMENT = {"ip": struct.Struct("=6H4s2HB3x"), "ip6": struct.Struct("=6H16s2HB3x")}
+_NESTED = 0x8000  # NLA_F_NESTED
+_ELEMENT_HEADS = {
+    "ip": (24, ATTR_DATA | _NESTED, 12, DATA_IP | _NESTED, 8, 1 | NET_ORDER),
+    "ip6": (36, ATTR_DATA | _NESTED, 24, DATA_IP | _NESTED, 20, 2 | NET_ORDER),
+}
+
+
+class CreateSet(NamedTuple):
+    """The step that puts up a set with all its elements; harmless where it stands already."""
+
+    set: NamedSet
+
+    @property
+    def name(self) -> str:
+        return f"create set {self.set.name}"
+
+
+class DestroySet(NamedTuple):
+    """The step that removes a set which no rule uses any more."""
+
+    set: str
+
+    @property
+    def name(self) -> str:
+        return f"destroy set {self.set}"
+
+
+class Listed(NamedTuple):
+    """A set that stands in the kernel and holds `held` elements, which are in `raw` as netlink gave them."""
+
+    name: str
+    type: str
+    family: int
+    held: int
+    raw: tuple[bytes, ...]
+
+    def decode(self) -> NamedSet:
+        """The set with its elements, sorted. Raises DecodeError for a set that `CreateSet` does not make."""
+        family: Family = "ip6" if self.family == FAMILY["ip6"] else "ip"
+        if self.type != TYPE:
+            raise DecodeError(f"set {self.name} is of type {self.type}, not {TYPE}")
+        found = [cidr for data in self.raw for cidr in _elements(family, data)]
+        return NamedSet(self.name, family, _join(found))
+
+
+# --- steps ---------------------------------------------------------------------------------------------------
+
+
+def commit_set(kernel: Kernel, step: CreateSet | DestroySet) -> None:
+    """Do the step. Raises KernelError."""
+    if isinstance(step, CreateSet):
+        _create(kernel, step)
+    else:
+        _destroy(kernel, step)
+
+
+def _create(kernel: Kernel, step: CreateSet) -> None:
+    name, family, _ = step.set
+    wanted = split(step.set.elements)
+    # Both follow from the content: the kernel takes a second creation only with the same maximum.
+    size = max(65536, len(wanted))
+    data = nested(ATTR_DATA, _u32(DATA_HASHSIZE, max(64, len(wanted))), _u32(DATA_MAXELEM, size))
+    body = string(ATTR_NAME, name) + string(ATTR_TYPE, TYPE) + attr(ATTR_REVISION, bytes([REVISION]))
+    _request(kernel, step.name, CREATE, family, body + attr(ATTR_FAMILY, bytes([FAMILY[family]])) + data)
+    _change(kernel, step.name, ADD, step.set, wanted)
+    found = find_set(kernel, name)
+    if found is not None and found.held != len(wanted):
+        kept = set(wanted)
+        extra = [cidr for data in found.raw for cidr in _elements(family, data) if cidr not in kept]
+        _change(kernel, step.name, DEL, step.set, extra)
+
+
+def _change(kernel: Kernel, label: str, command: int, owner: NamedSet, elements: Iterable[Cidr]) -> None:
+    pack = _ELEMENT[owner.family].pack
+    sizes = _ELEMENT_HEADS[owner.family]
+    encoded = [pack(*sizes, packed, 5, DATA_CIDR, prefix) for packed, prefix in elements]
+    for start in range(0, len(encoded), CHUNK):
+        body = string(ATTR_NAME, owner.name) + nested(ATTR_ADT, *encoded[start : start + CHUNK]) + _u32(ATTR_LINE, 0)
+        _request(kernel, label, command, owner.family, body)
+
+
+def _destroy(kernel: Kernel, step: DestroySet) -> None:
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while True:
+        try:
+            _request(kernel, step.name, DESTROY, "ip", string(ATTR_NAME, step.set))
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return
+            if error.errno not in (BUSY, REFERENCED) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+        else:
+            return
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def list_sets(kernel: Kernel, prefix: str) -> tuple[Listed, ...]:
+    """The sets whose names begin with `prefix`, sorted by name, with their elements. Loads no module."""
+    if not loaded(kernel):
+        return ()
+    # The names first: a dump with the elements would carry everybody's.
+    heads = _request(kernel, "list sets", LIST, "ip", _u32(ATTR_FLAGS, LIST_HEADER))
+    names = sorted(name for head in heads if (name := text(head.get(ATTR_NAME, b""))).startswith(prefix))
+    return tuple(found for name in names if (found := find_set(kernel, name)) is not None)
+
+
+def find_set(kernel: Kernel, name: str) -> Listed | None:
+    """The set of this name, with its elements; None where there is none. Raises KernelError."""
+    try:
+        parts = _request(kernel, f"list set {name}", LIST, "ip", string(ATTR_NAME, name))
+    except KernelError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    head = next((part for part in parts if ATTR_TYPE in part), None)
+    if head is None:
+        return None
+    held = number(parse_attributes(head[ATTR_DATA])[DATA_ELEMENTS])
+    raw = tuple(part[ATTR_ADT] for part in parts if ATTR_ADT in part)
+    return Listed(name, text(head[ATTR_TYPE]), head[ATTR_FAMILY][0], held, raw)
+
+
+def loaded(kernel: Kernel) -> bool:
+    """Whether the kernel has ipset at the moment. Loads no module."""
+    try:
+        kernel.getsockopt("ip", SO_IP_SET, _OPERATION.pack(OP_BY_NAME, PROTOCOL, b""), SOL_IP)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return False
+        raise
+    return True
+
+
+def set_index(kernel: Kernel, name: str) -> int:
+    """The kernel's index of a set, which the match `set` stores. Raises KernelError where there is no such set."""
+    try:
+        answer = kernel.getsockopt("ip", SO_IP_SET, _OPERATION.pack(OP_BY_NAME, PROTOCOL, name.encode()), SOL_IP)
+    except OSError as error:
+        raise KernelError(f"find set {name}", error.errno or errno.EIO) from error
+    index = int(_INDEX.unpack_from(answer, 8)[0])
+    if index == NO_INDEX:
+        raise KernelError(f"find set {name}", errno.ENOENT)
+    return index
+
+
+def set_name(kernel: Kernel, index: int) -> str:
+    """The name of the set with this index. Raises KernelError where there is none."""
+    query = _OPERATION.pack(OP_BY_INDEX, PROTOCOL, _INDEX.pack(index))
+    try:
+        answer = kernel.getsockopt("ip", SO_IP_SET, query, SOL_IP)
+    except OSError as error:
+        raise KernelError(f"find set with index {index}", error.errno or errno.EIO) from error
+    name = answer[8:40].split(b"\0", 1)[0].decode()
+    if not name:
+        raise KernelError(f"find set with index {index}", errno.ENOENT)
+    return name
+
+
+# --- elements and messages -----------------------------------------------------------------------------------
+
+
+def split(elements: tuple[Cidr, ...]) -> tuple[Cidr, ...]:
+    """Elements as hash:net takes them: it knows no prefix of 0, so that one becomes its two halves."""
+    if any(prefix == 0 for _, prefix in elements):
+        rest = bytes(len(elements[0].packed) - 1)
+        return (Cidr(b"\0" + rest, 1), Cidr(b"\x80" + rest, 1))
+    return elements
+
+
+def _join(elements: list[Cidr]) -> tuple[Cidr, ...]:
+    """The inverse of `split`, sorted: the two halves of everything are everything."""
+    if len(elements) == 2 and elements[0].prefix == elements[1].prefix == 1:
+        return (Cidr(bytes(len(elements[0].packed)), 0),)
+    return tuple(sorted(elements))
+
+
+def _elements(family: Family, data: bytes) -> Iterator[Cidr]:
+    layout, heads = _ELEMENT[family], _ELEMENT_HEADS[family]
+    if len(data) % layout.size == 0 and all(row[:6] == heads for row in layout.iter_unpack(data)):
+        for *_, address, _, _, prefix in layout.iter_unpack(data):
+            yield Cidr(address, prefix)
+        return
+    for _, element in iter_attributes(data):  # somebody added one with options
+        attributes = parse_attributes(element)
+        (address,) = parse_attributes(attributes[DATA_IP]).values()
+        yield Cidr(address, attributes[DATA_CIDR][0])
+
+
+def _u32(kind: int, value: int) -> bytes:
+    return attr(kind | NET_ORDER, _BE32.pack(value))
+
+
+def _request(kernel: Kernel, label: str, command: int, family: Family, body: bytes) -> list[dict[int, bytes]]:
+    """Send one message and return the attributes of each one of the answer. Raises KernelError."""
+    body = attr(ATTR_PROTOCOL, bytes([PROTOCOL])) + body
+    kind = SUBSYSTEM << 8 | command
+    flags = REQUEST | (DUMP if command == LIST else ACK)
+    header = _HEADER.pack(_HEADER.size + len(body), kind, flags, 1, 0, FAMILY[family], 0, 0)
+    try:
+        answers = kernel.netlink(NETLINK_NETFILTER, header + body)
+    except OSError as error:
+        raise KernelError(label, error.errno or errno.EIO) from error
+    found: list[dict[int, bytes]] = []
+    for answer in answers:
+        offset = 0
+        while offset + 16 <= len(answer):
+            size, kind = struct.unpack_from("=IH", answer, offset)
+            payload = answer[offset + 16 : offset + size]
+            if kind == NLMSG_ERROR and (code := -int(_ERROR.unpack_from(payload)[0])):
+                raise KernelError(label, code, cause=CAUSES.get(code, ""))
+            if kind >> 8 == SUBSYSTEM:
+                found.append(parse_attributes(payload[4:]))
+            offset += max(size + 3 & ~3, 16)
+    return found

@@ -1,0 +1,314 @@
+"""nfnetlink, the netlink subsystem of nf_tables: attributes, messages, batches, dumps.
+
+The pure half turns values to bytes and back; the other half sends them through a `Kernel`. Layouts and numbers are
+those of linux/netlink.h, linux/netfilter/nfnetlink.h and linux/netfilter/nf_tables.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from struct import Struct, error
+from typing import NamedTuple, TypeVar
+
+from netapply.errors import ConflictError, DecodeError, GenerationChanged, KernelError
+from netapply.kernel import NETLINK_NETFILTER, Kernel
+from netapply.ruleset import TableFamily
+
+T = TypeVar("T")
+
+# linux/netlink.h: message types and flags. "EXCL" refuses what exists, "APPEND" puts a rule at the end of its chain.
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
+NLM_F_DUMP = 0x300
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
+NLM_F_CAPPED, NLM_F_ACK_TLVS = 0x100, 0x200
+NLMSGERR_ATTR_MSG = 1
+NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
+
+# linux/netfilter/nfnetlink.h
+NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, NFNL_BATCH_GENID = 0x10, 0x11, 1
+NFNL_SUBSYS_NFTABLES = 10
+
+# linux/netfilter.h: families
+NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
+NFPROTO: dict[TableFamily, int] = {"inet": NFPROTO_INET, "ip": NFPROTO_IPV4, "ip6": NFPROTO_IPV6}
+
+# enum nf_tables_msg_types
+NFT_MSG_NEWTABLE, NFT_MSG_GETTABLE, NFT_MSG_DELTABLE = 0, 1, 2
+NFT_MSG_NEWCHAIN, NFT_MSG_GETCHAIN, NFT_MSG_DELCHAIN = 3, 4, 5
+NFT_MSG_NEWRULE, NFT_MSG_GETRULE, NFT_MSG_DELRULE = 6, 7, 8
+NFT_MSG_NEWSET, NFT_MSG_GETSET, NFT_MSG_DELSET = 9, 10, 11
+NFT_MSG_NEWSETELEM, NFT_MSG_GETSETELEM, NFT_MSG_DELSETELEM = 12, 13, 14
+NFT_MSG_NEWGEN, NFT_MSG_GETGEN = 15, 16
+NFTA_GEN_ID = 1
+
+#: How often a dump is repeated that others keep changing under us. Each repeat is well below a millisecond.
+READ_ATTEMPTS = 16
+
+_READS = {
+    NFT_MSG_GETTABLE: "tables",
+    NFT_MSG_GETCHAIN: "chains",
+    NFT_MSG_GETRULE: "rules",
+    NFT_MSG_GETSET: "sets",
+    NFT_MSG_GETSETELEM: "set elements",
+    NFT_MSG_GETGEN: "generation",
+}
+_HEADER = Struct("=IHHIIBBH")  # nlmsghdr and nfgenmsg in one: length, type, flags, sequence, port, family, version, id
+_NLMSGHDR = Struct("=IHHII")
+_NLA = Struct("=HH")
+_INT32 = Struct("=i")
+_BE32 = Struct(">I")
+_NLA_U32 = Struct("=HH4s")
+_NLA_U64 = Struct("=HH8s")
+_PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
+_SUBSYSTEM = NFNL_SUBSYS_NFTABLES << 8
+_BATCH_ID = socket.htons(NFNL_SUBSYS_NFTABLES)
+
+
+# --- attributes ----------------------------------------------------------------------------------------------
+
+
+def attr(kind: int, data: bytes) -> bytes:
+    """One attribute (struct nlattr) of at most 65,531 bytes, padded to four."""
+    size = len(data) + 4
+    return _NLA.pack(size, kind) + data + _PADDING[size & 3]
+
+
+def nested(kind: int, *parts: bytes) -> bytes:
+    """An attribute that holds attributes."""
+    return attr(kind | NLA_F_NESTED, b"".join(parts))
+
+
+def string(kind: int, text: str) -> bytes:
+    """A NUL-terminated string."""
+    return attr(kind, text.encode() + b"\0")
+
+
+def u32(kind: int, value: int) -> bytes:
+    """32 bits, big endian as nf_tables wants all its numbers; negative verdicts wrap."""
+    return _NLA_U32.pack(8, kind, (value & 0xFFFFFFFF).to_bytes(4))
+
+
+def u64(kind: int, value: int) -> bytes:
+    """64 bits, big endian."""
+    return _NLA_U64.pack(12, kind, value.to_bytes(8))
+
+
+def iter_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type without flags, payload) of each attribute, in order; the form for lists, where types repeat."""
+    offset, end = 0, len(data)
+    while offset + 4 <= end:
+        size, kind = _NLA.unpack_from(data, offset)
+        if size < 4 or offset + size > end:
+            raise DecodeError(f"a netlink attribute of {size} bytes does not fit in the {end - offset} that are there")
+        yield kind & NLA_TYPE_MASK, data[offset + 4 : offset + size]
+        offset += (size + 3) & ~3
+
+
+def parse_attributes(data: bytes) -> dict[int, bytes]:
+    """Attributes by type, flags removed. Of a type that repeats the last one counts. Raises DecodeError."""
+    return dict(iter_attributes(data))
+
+
+def number(data: bytes) -> int:
+    """The value of a big-endian attribute of any width."""
+    return int.from_bytes(data)
+
+
+def text(data: bytes) -> str:
+    """The value of a string attribute."""
+    return data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+
+
+# --- messages and batches ------------------------------------------------------------------------------------
+
+
+class Operation(NamedTuple):
+    """One message of a batch. `flags` go without NLM_F_REQUEST; `label` is for errors: "add rule ip nat OUTPUT #3"."""
+
+    command: int
+    family: int
+    body: bytes
+    flags: int
+    label: str
+
+
+class Batch(NamedTuple):
+    """Operations encoded and numbered 1..n: the bytes can be sent to as many namespaces as want them."""
+
+    messages: bytes
+    labels: tuple[str, ...]
+
+
+class Message(NamedTuple):
+    """One message of the kernel: `command` is NFT_MSG_*, `attributes` by type."""
+
+    command: int
+    family: int
+    attributes: dict[int, bytes]
+
+
+def message(command: int, family: int, body: bytes = b"", flags: int = 0, sequence: int = 0) -> bytes:
+    """One nf_tables message; NLM_F_REQUEST is added."""
+    kind = _SUBSYSTEM | command
+    return _HEADER.pack(20 + len(body), kind, flags | NLM_F_REQUEST, sequence, 0, family, 0, 0) + body
+
+
+def encode_batch(operations: Sequence[Operation]) -> Batch:
+    """The numbered messages of a batch, without its begin and end."""
+    messages = [
+        message(command, family, body, flags, sequence)
+        for sequence, (command, family, body, flags, _) in enumerate(operations, 1)
+    ]
+    return Batch(b"".join(messages), tuple(operation.label for operation in operations))
+
+
+def batch(operations: Sequence[Operation] | Batch, generation: int | None) -> bytes:
+    """A whole batch: begin with NFNL_BATCH_GENID (None: whatever the generation is), operations 1..n, end n+1."""
+    encoded = operations if isinstance(operations, Batch) else encode_batch(operations)
+    end = _HEADER.pack(20, NFNL_MSG_BATCH_END, NLM_F_REQUEST, len(encoded.labels) + 1, 0, 0, 0, _BATCH_ID)
+    return _begin(generation) + encoded.messages + end
+
+
+def _begin(generation: int | None) -> bytes:
+    body = b"" if generation is None else u32(NFNL_BATCH_GENID, generation)
+    return _HEADER.pack(20 + len(body), NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, 0, 0, 0, 0, _BATCH_ID) + body
+
+
+def send_batch(kernel: Kernel, operations: Sequence[Operation] | Batch, generation: int | None) -> None:
+    """Commit a batch: all of it or nothing.
+
+    Raises GenerationChanged where `generation` is stale, else KernelError with the label, errno and ext-ack of the
+    first operation that failed. ENOBUFS means that answers were lost and the outcome unknown: only reading back tells.
+    """
+    encoded = operations if isinstance(operations, Batch) else encode_batch(operations)
+    _transmit(kernel, batch(encoded, generation), encoded.labels)
+
+
+def check_batch(kernel: Kernel, operations: Sequence[Operation] | Batch) -> None:
+    """Let the kernel validate a batch and throw it away; nothing changes, not even the generation.
+
+    A batch without an end is aborted when all of it has been looked at: nft -c does the same. Raises as send_batch.
+    """
+    encoded = operations if isinstance(operations, Batch) else encode_batch(operations)
+    _transmit(kernel, _begin(None) + encoded.messages, encoded.labels)
+
+
+def _transmit(kernel: Kernel, request: bytes, labels: tuple[str, ...]) -> None:
+    # Operations ask for no acknowledgement: a good one acknowledges 0 even when the batch is aborted later on.
+    try:
+        answers = kernel.netlink(NETLINK_NETFILTER, request)
+    except OSError as failure:
+        raise KernelError("commit nf_tables batch", failure.errno or errno.EIO) from failure
+    for answer in answers:
+        for kind, flags, sequence, payload in _messages(answer):
+            if kind == NLMSG_ERROR and (code := _error_code(payload)):
+                raise _failure(labels, sequence, code, _extack(payload, flags))
+
+
+def _failure(labels: tuple[str, ...], sequence: int, code: int, extack: str) -> KernelError:
+    if sequence == 0 and code == errno.ERESTART:
+        return GenerationChanged("commit nf_tables batch", code, extack=extack, cause="the rule set has changed")
+    label = labels[sequence - 1] if 0 < sequence <= len(labels) else "commit nf_tables batch"
+    return KernelError(label, code, extack=extack)
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+def _messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """(type, flags, sequence, payload) of each message in a datagram."""
+    offset, end = 0, len(datagram)
+    while offset + 16 <= end:
+        size, kind, flags, sequence, _ = _NLMSGHDR.unpack_from(datagram, offset)
+        if size < 16 or offset + size > end:
+            raise DecodeError(f"a netlink message of {size} bytes does not fit in the {end - offset} that are there")
+        yield kind, flags, sequence, datagram[offset + 16 : offset + size]
+        offset += (size + 3) & ~3
+
+
+def _error_code(payload: bytes) -> int:
+    try:
+        return -int(_INT32.unpack_from(payload)[0])
+    except error as short:
+        raise DecodeError("a netlink error message without an error number") from short
+
+
+def _extack(payload: bytes, flags: int) -> str:
+    """The kernel's own words (NLMSGERR_ATTR_MSG), or ""."""
+    if not flags & NLM_F_ACK_TLVS or len(payload) < 20:
+        return ""
+    echoed = 16 if flags & NLM_F_CAPPED else (int.from_bytes(payload[4:8], "little") + 3) & ~3
+    return text(parse_attributes(payload[4 + echoed :]).get(NLMSGERR_ATTR_MSG, b""))
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def request(kernel: Kernel, command: int, family: int, body: bytes = b"", flags: int = NLM_F_ACK) -> list[Message]:
+    """Send one request that is not a batch, and parse what comes back. Raises KernelError, InterruptedError."""
+    label = f"read nf_tables {_READS[command]}"
+    try:
+        answers = kernel.netlink(NETLINK_NETFILTER, message(command, family, body, flags, 1))
+    except OSError as failure:
+        raise KernelError(label, failure.errno or errno.EIO) from failure
+    found: list[Message] = []
+    for answer in answers:
+        for kind, message_flags, _, payload in _messages(answer):
+            if message_flags & NLM_F_DUMP_INTR and flags & NLM_F_DUMP == NLM_F_DUMP:
+                raise InterruptedError
+            if kind >> 8 == NFNL_SUBSYS_NFTABLES:
+                found.append(Message(kind & 0xFF, payload[0], parse_attributes(payload[4:])))
+            elif kind in (NLMSG_ERROR, NLMSG_DONE) and len(payload) >= 4 and (code := _error_code(payload)):
+                raise KernelError(label, code, extack=_extack(payload, message_flags) if kind == NLMSG_ERROR else "")
+    return found
+
+
+def get(kernel: Kernel, command: int, family: int, body: bytes) -> Message | None:
+    """One object by its name; None where there is none. Raises KernelError."""
+    try:
+        found = request(kernel, command, family, body)
+    except KernelError as failure:
+        if failure.errno == errno.ENOENT:
+            return None
+        raise
+    return found[0] if found else None
+
+
+def dump(kernel: Kernel, command: int, family: int, body: bytes = b"") -> list[Message]:
+    """All objects of one kind, repeated where the kernel says that they changed under the dump (NLM_F_DUMP_INTR).
+
+    `family` 0 (NFPROTO_UNSPEC) means every family; `body` narrows, as with NFTA_RULE_TABLE. Raises KernelError,
+    and ConflictError when it was interrupted READ_ATTEMPTS times.
+    """
+    for _ in range(READ_ATTEMPTS):
+        try:
+            return request(kernel, command, family, body, NLM_F_DUMP)
+        except InterruptedError:
+            continue
+    raise ConflictError("somebody keeps changing the nf_tables rules while they are read")
+
+
+def generation(kernel: Kernel) -> int:
+    """The generation id of the namespace's rule set: every commit that changes something raises it."""
+    found = request(kernel, NFT_MSG_GETGEN, 0)
+    if not found or NFTA_GEN_ID not in found[0].attributes:
+        raise DecodeError("the kernel answers NFT_MSG_GETGEN without a generation id")
+    return number(found[0].attributes[NFTA_GEN_ID])
+
+
+def read_consistent(kernel: Kernel, read: Callable[[int], T]) -> T:
+    """What `read(generation)` returns when the generation is the same before and after it; repeated until it is.
+
+    Raises ConflictError when it moved READ_ATTEMPTS times.
+    """
+    before = generation(kernel)
+    for _ in range(READ_ATTEMPTS):
+        found = read(before)
+        after = generation(kernel)
+        if after == before:
+            return found
+        before = after
+    raise ConflictError("somebody keeps changing the nf_tables rules while they are read")

@@ -1,0 +1,113 @@
+"""The same for asyncio: each call runs in a worker thread, and a cancelled one rolls back before it lets go.
+
+async with netapply.aio.open_capture("pod-1") as capture:
+    await capture.apply(plan)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Self, TypeVar
+
+from netapply import api
+from netapply.plan import CapturePlan
+from netapply.results import Detection, Diff, Result, RuleCounter
+
+T = TypeVar("T")
+
+
+class AsyncCapture:
+    """One namespace, awaited. Opened by entering it, or by the first call."""
+
+    def __init__(self, opener: Callable[[], api.CaptureLike]) -> None:
+        self._opener = opener
+        self._capture: api.CaptureLike | None = None
+        self._turn = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        async with self._turn:
+            await self._opened()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def apply(self, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Result:
+        """Make the namespace hold `plan`. Cancelled: it is as it was before CancelledError is raised."""
+        stop = threading.Event()
+        return await self._run(
+            lambda capture: capture.apply(plan, backend=backend, layout=layout, cancelled=stop.is_set), stop
+        )
+
+    async def diff(self, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Diff:
+        """What `apply` would change."""
+        return await self._run(lambda capture: capture.diff(plan, backend=backend, layout=layout))
+
+    async def verify(self, plan: CapturePlan | None = None) -> Diff:
+        """Whether the namespace still holds `plan`, or what was last applied."""
+        return await self._run(lambda capture: capture.verify(plan))
+
+    async def clean(self) -> Result:
+        """Remove all that is ours."""
+        return await self._run(lambda capture: capture.clean())
+
+    async def show(self) -> tuple[RuleCounter, ...]:
+        """Our live rules with their counters."""
+        return await self._run(lambda capture: capture.show())
+
+    async def detect(self) -> Detection:
+        """Which backends work here."""
+        return await self._run(lambda capture: capture.detect())
+
+    async def close(self) -> None:
+        """Let go of the namespace. Idempotent."""
+        async with self._turn:
+            capture, self._capture = self._capture, None
+            if capture is not None:
+                await asyncio.to_thread(capture.close)
+
+    async def _opened(self) -> api.CaptureLike:
+        if self._capture is None:
+            self._capture = await asyncio.to_thread(self._opener)
+        return self._capture
+
+    async def _run(self, work: Callable[[api.CaptureLike], T], stop: threading.Event | None = None) -> T:
+        async with self._turn:
+            capture = await self._opened()
+            return await _to_the_end(asyncio.to_thread(work, capture), stop)
+
+
+async def _to_the_end(work: Awaitable[T], stop: threading.Event | None) -> T:
+    """Await `work`; when cancelled, ask it to stop, and wait for it all the same: a thread cannot be left half-way."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if stop is not None:
+            stop.set()
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                continue
+        if not task.cancelled():
+            task.exception()  # looked at, so that asyncio does not report it as lost
+        raise
+
+
+def open_capture(
+    spec: str | int | None = None,
+    *,
+    host: bool = False,
+    lock_timeout: float = 10.0,
+    state_directory: str | None = None,
+) -> AsyncCapture:
+    """As `netapply.open`, for `async with`. Nothing is opened before it is entered."""
+    return AsyncCapture(
+        lambda: api.open_capture(spec, host=host, lock_timeout=lock_timeout, state_directory=state_directory)
+    )

@@ -1,0 +1,218 @@
+"""Each command: read its input, call one operation, print the outcome, return the exit code."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from netapply.api import Capture, open_capture
+from netapply.cli.output import Printer
+from netapply.results import Diff, Result
+
+CHANGES, DRIFT = 2, 3
+
+
+def _open(arguments: argparse.Namespace) -> Capture:
+    return open_capture(
+        arguments.netns,
+        host=arguments.host,
+        lock_timeout=arguments.lock_timeout,
+        state_directory=arguments.state_dir,
+    )
+
+
+def apply(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Apply a plan."""
+    from netapply.lint import lint
+    from netapply.planfile import fingerprint, read_plan
+
+    plan = read_plan(arguments.plan)
+    warnings = lint(plan)
+    with _open(arguments) as capture:
+        result = capture.apply(plan, backend=arguments.backend, layout=arguments.layout, fingerprint=fingerprint(plan))
+    if printer.json:
+        printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings]})
+        return 0
+    if not arguments.quiet:
+        _print_result(result, printer)
+    for warning in warnings:
+        printer.note(f"warning: {warning.path}: {warning.message}; {warning.advice}")
+    return 0
+
+
+def clean(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Remove all that is ours."""
+    with _open(arguments) as capture:
+        result = capture.clean(backend=arguments.backend)
+    if printer.json:
+        printer.document("clean", result._asdict())
+    else:
+        _print_result(result, printer)
+    return 0
+
+
+def _print_result(result: Result, printer: Printer) -> None:
+    changed = printer.paint("changed" if result.changed else "unchanged", "yellow" if result.changed else "green")
+    where = f" by {result.backend}" if result.backend else ""
+    printer.line(f"{changed}{where} ({result.reason}) in {result.duration * 1000:.1f} ms")
+    for step in result.steps:
+        printer.line(f"  {step}")
+    if result.ipv6:
+        effective = "yes, read back from the kernel" if result.effective else "no"
+        printer.line(f"effective: {effective}; IPv6: {result.ipv6}")
+    if result.existing_flows:
+        printer.line(
+            f"{result.existing_flows} open connections stay as they were: NAT decides on a flow's first packet"
+        )
+    for text in (*result.notes, *(f"degraded: {each}" for each in result.degraded)):
+        printer.note(text)
+
+
+def render(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Print the rules of a plan."""
+    from netapply.backend import find_backend
+    from netapply.compiler import compile_plan, compile_routing
+    from netapply.planfile import read_plan
+    from netapply.routing import NOTHING, RoutingStep, Standing
+    from netapply.routing import plan as routing_steps
+
+    plan = read_plan(arguments.plan)
+    backend = find_backend(arguments.backend)
+    text = backend.render(compile_plan(plan, backend.dialect, arguments.layout))
+    routing = compile_routing(plan)._replace(sysctls=())
+    steps: tuple[RoutingStep, ...] = routing_steps(Standing(NOTHING, NOTHING), routing)
+    if printer.json:
+        printer.document("render", {"backend": backend.name, "text": text, "routing": [step.name for step in steps]})
+        return 0
+    printer.line(text.rstrip("\n"))
+    for step in steps:
+        printer.line(f"# beside the rules: {step.name}")
+    return 0
+
+
+def diff(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Compare the live kernel with a plan."""
+    from netapply.planfile import read_plan
+
+    plan = read_plan(arguments.plan)
+    with _open(arguments) as capture:
+        found = capture.diff(plan, backend=arguments.backend, layout=arguments.layout)
+    _print_diff("diff", found, printer, "nothing to do: the kernel holds the plan")
+    return 0 if found.same else CHANGES
+
+
+def verify(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Compare the live kernel with what was applied."""
+    from netapply.planfile import read_plan
+
+    plan = read_plan(arguments.plan) if arguments.plan else None
+    with _open(arguments) as capture:
+        found = capture.verify(plan, backend=arguments.backend, layout=arguments.layout)
+        if arguments.deep:
+            from netapply.reader import deep_changes
+
+            found = found._replace(changes=found.changes + deep_changes(capture.namespace, found.backend))
+    _print_diff("verify", found, printer, f"holds, in {found.backend}")
+    return 0 if found.same else DRIFT
+
+
+def _print_diff(command: str, found: Diff, printer: Printer, good: str) -> None:
+    if printer.json:
+        body = {"backend": found.backend, "reason": found.reason, "same": found.same}
+        printer.document(command, {**body, "changes": [change._asdict() for change in found.changes]})
+        return
+    if found.same:
+        printer.line(printer.paint(good, "green"))
+    where = ""
+    for change in found.changes:
+        if change.where != where:
+            where = change.where
+            printer.line(printer.paint(where, "bold"))
+        sign, colour = ("+", "green") if change.kind == "add" else ("-", "red")
+        reason = f"  # {change.path}" if change.path else ""
+        printer.line(printer.paint(f"  {sign} {change.what}", colour) + printer.paint(reason, "dim"))
+
+
+def show(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Print live rules."""
+    with _open(arguments) as capture:
+        if arguments.all:
+            from netapply.reader import list_ruleset
+
+            printer.line(list_ruleset(capture.namespace, as_json=printer.json).rstrip("\n"))
+            return 0
+        rules = capture.show()
+    if printer.json:
+        printer.document("show", {"rules": [rule._asdict() for rule in rules]})
+        return 0
+    if not rules:
+        printer.line("nothing of ours is here")
+    where = ("", "", "")
+    for rule in rules:
+        if where != (rule.family, rule.table, rule.chain):
+            where = (rule.family, rule.table, rule.chain)
+            printer.line(printer.paint(" ".join(where), "bold"))
+        printer.line(f"{rule.packets:>10} {rule.bytes:>12}  {rule.rule}")
+    return 0
+
+
+def detect(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Print the candidates."""
+    with _open(arguments) as capture:
+        found = capture.detect()
+    if printer.json:
+        body = {"chosen": found.chosen, "reason": found.reason}
+        printer.document("detect", {**body, "candidates": [each._asdict() for each in found.candidates]})
+        return 0 if found.chosen else 1
+    rows = [
+        (each.backend, each.status, "yes" if each.ours else "-", "yes" if each.in_use else "-", each.reason)
+        for each in found.candidates
+    ]
+    printer.table(("BACKEND", "STATUS", "OURS", "IN USE", "REASON"), rows)
+    for each in found.candidates:
+        for feature, remedy in each.missing:
+            printer.line(f"{each.backend} lacks {feature}: {remedy}")
+    printer.line(f"auto: {found.chosen or 'none'} ({found.reason})")
+    return 0 if found.chosen else 1
+
+
+def schema(_: argparse.Namespace, printer: Printer) -> int:
+    """Print the JSON Schema of plan files."""
+    import json
+
+    from netapply.schema import json_schema
+
+    printer.line(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def demo(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Send real packets."""
+    from netapply.demo import run_demo
+
+    modes = ("redirect", "tproxy") if arguments.mode == "both" else (arguments.mode,)
+    return run_demo(printer, backends=tuple(arguments.backend or ()), modes=modes, keep=arguments.keep)
+
+
+def completion(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Print a shell's completion script."""
+    shtab: Any = __import__("shtab")  # Any: it is typed, but only this command needs it
+    from netapply.cli.arguments import build_parser
+
+    printer.line(shtab.complete(build_parser(), arguments.shell))
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace, Printer], int]] = {
+    "apply": apply,
+    "clean": clean,
+    "render": render,
+    "diff": diff,
+    "verify": verify,
+    "show": show,
+    "detect": detect,
+    "schema": schema,
+    "demo": demo,
+    "completion": completion,
+}

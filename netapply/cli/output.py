@@ -1,0 +1,91 @@
+"""What the command prints: text for people, JSON for programs. Colour only on a terminal, and not where NO_COLOR is set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from netapply.errors import ApplyError, KernelError, NetapplyError, PlanError
+from netapply.results import RESULT_VERSION
+
+_COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2", "bold": "1"}
+
+
+class Printer:
+    """One command's output. `form` is "text" or "json"; a JSON output is one object on standard output, also for errors."""
+
+    def __init__(self, form: str, out: TextIO, err: TextIO) -> None:
+        self.json = form == "json"
+        self._out = out
+        self._err = err
+        self._colour = out.isatty() and "NO_COLOR" not in os.environ
+
+    def line(self, text: str = "") -> None:
+        """One line of text."""
+        self._out.write(text + "\n")
+
+    def note(self, text: str) -> None:
+        """A line beside the output: a warning, or progress."""
+        self._err.write(f"netapply: {text}\n")
+
+    def paint(self, text: str, colour: str) -> str:
+        """The text in a colour, on a terminal."""
+        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self._colour else text
+
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Columns with their heads, aligned; numbers to the right."""
+        cells = [[str(cell) for cell in row] for row in rows]
+        kinds = [[isinstance(cell, int) for cell in row] for row in rows] if isinstance(rows, Sequence) else []
+        widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+        self.line(self.paint(_row(head, widths, []), "bold").rstrip())
+        for at, row in enumerate(cells):
+            self.line(_row(row, widths, kinds[at] if kinds else []).rstrip())
+
+    def document(self, command: str, body: dict[str, Any], *, ok: bool = True) -> None:
+        """One JSON object with its version."""
+        whole = {"version": RESULT_VERSION, "command": command, "ok": ok, **body}
+        json.dump(whole, self._out, indent=2, default=_plain)
+        self._out.write("\n")
+
+    def error(self, command: str, error: NetapplyError) -> None:
+        """What failed, where, why, and what to do next."""
+        if self.json:
+            self.document(command, {"error": error_fields(error)}, ok=False)
+            return
+        if isinstance(error, PlanError):
+            count = len(error.faults)
+            self.note(f"{command}: the plan has {count} fault{'s' if count > 1 else ''}; nothing was touched")
+            for fault in error.faults:
+                self._err.write(f"  {fault}\n")
+        else:
+            self.note(f"{command}: {error}")
+        if error.next_step:
+            self._err.write(f"  next: {error.next_step}\n")
+
+
+def error_fields(error: NetapplyError) -> dict[str, Any]:
+    """An error as JSON: its kind, message and next step, and what its class adds."""
+    fields: dict[str, Any] = {"kind": type(error).__name__, "message": str(error), "next_step": error.next_step}
+    if isinstance(error, PlanError):
+        fields["faults"] = [fault._asdict() for fault in error.faults]
+    if isinstance(error, KernelError):
+        fields.update(operation=error.operation, errno=error.errno, extack=error.extack)
+    if isinstance(error, ApplyError):
+        fields.update(step=error.step, restored=error.restored)
+        if isinstance(error.__cause__, NetapplyError):
+            fields["cause"] = error_fields(error.__cause__)
+    return fields
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    padded = (
+        cell.rjust(width) if i < len(right) and right[i] else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "  ".join(padded)
+
+
+def _plain(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,203 @@
+"""The plan's decisions as rules, in the order in which they are taken. Layouts arrange them; none decides otherwise.
+
+Each function yields the rules of one group. What capturing means (redirect, TPROXY, drop for a blocked family, a
+conntrack zone) is the caller's statement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Terms, owner_matches, rule
+from netapply.decide import DNS_PORT
+from netapply.plan import Everything
+from netapply.ruleset import (
+    Cidr,
+    Dnat,
+    Family,
+    IfaceMatch,
+    MarkMatch,
+    Match,
+    PortMatch,
+    PortRange,
+    ProtocolMatch,
+    Redirect,
+    Return,
+    Rule,
+    Statement,
+)
+
+QUERY_PORT = (PortRange(DNS_PORT, DNS_PORT),)
+PROTOCOLS = {"tcp": IS_TCP, "udp": IS_UDP}
+
+
+class Capture(NamedTuple):
+    """What becomes of captured flows in one place: to the proxy's ports, or, for a blocked family, dropped."""
+
+    outbound: Statement
+    inbound: Statement
+    dns: Statement | None
+
+
+def leave_interfaces(terms: Terms, direction: str) -> Iterator[Rule]:
+    """Excluded interfaces are left alone."""
+    for name in terms.plan.interfaces.exclude:
+        yield rule("interfaces.exclude", Return(), IfaceMatch("in" if direction == "in" else "out", name))
+
+
+def exempt(terms: Terms, statement: Statement, protocols: tuple[ProtocolMatch, ...]) -> Iterator[Rule]:
+    """Flows that leave before any owner is looked at: excluded ports, exceptions, passthrough and probe addresses."""
+    plan = terms.plan
+    for match in terms.ports("dst", plan.outbound.ports.exclude):
+        for protocol in protocols:
+            yield rule("outbound.ports.exclude", statement, protocol, match)
+    for index, exception in enumerate(plan.outbound.exclude_for_owners):
+        protocol = PROTOCOLS[exception.protocol]
+        if protocol in protocols:
+            for chunk in terms.port_choices("dst", exception.ports):
+                for owner in owner_matches(exception.owners):
+                    yield rule(f"outbound.exclude_for_owners[{index}]", statement, protocol, *chunk, owner)
+    for family, matches in terms.addresses("src", plan.proxy.passthrough_sources):
+        yield rule("proxy.passthrough_sources", statement, ON_LO, *matches, family=family)
+    for family, matches in terms.addresses("dst", plan.proxy.probe_sources):
+        yield rule("proxy.probe_sources", statement, *matches, family=family)
+
+
+def self_calls(terms: Terms, statement: Statement) -> Iterator[Rule]:
+    """Calls over `lo` to an address of one's own, which the proxy's inbound side is to see."""
+    plan = terms.plan
+    callers = plan.proxy.self_calls
+    if callers == "none":
+        return
+    spared = [PortRange(plan.proxy.tunnel_port, plan.proxy.tunnel_port)] if plan.proxy.tunnel_port else []
+    spared += QUERY_PORT if plan.dns.capture != "none" else ()
+    ports = (PortMatch("dst", tuple(sorted(set(spared))), negate=True),) if spared else ()
+    if callers == "everyone":
+        owners: list[tuple[Match, ...]] = [()]
+    elif callers == "proxy":
+        owners = [(match,) for _, match in terms.own()]
+    else:
+        owners = [(match,) for match in owner_matches(callers)]
+    families: tuple[Family, ...] = ("ip", "ip6")
+    for owner in owners:
+        for family in families:
+            own = [block for block in plan.proxy.loopback if block.family == family]
+            far = tuple(match for _, matches in terms.addresses("dst", own, negate=True) for match in matches)
+            yield rule("proxy.self_calls", statement, ON_LO, IS_TCP, *far, *ports, *owner, family=family)
+
+
+def leave_own(terms: Terms, statement: Statement) -> Iterator[Rule]:
+    """The proxy's own traffic."""
+    for path, match in terms.own():
+        yield rule(path, statement, match)
+
+
+def leave_loopback(terms: Terms) -> Iterator[Rule]:
+    """What applications say to one another over `lo`; DNS queries apart, where these are captured."""
+    plan = terms.plan
+    if plan.outbound.loopback == "capture":
+        return
+    if plan.dns.capture == "none":
+        yield rule("outbound.loopback", Return(), ON_LO)
+        return
+    for protocol in (IS_TCP, IS_UDP):
+        yield rule("outbound.loopback", Return(), ON_LO, protocol, PortMatch("dst", QUERY_PORT, negate=True))
+
+
+def leave_owners(terms: Terms, statement: Statement) -> Iterator[Rule]:
+    """Owners whose traffic is not captured."""
+    owners = terms.plan.outbound.owners
+    for match in owner_matches(owners.exclude):
+        yield rule("outbound.owners.exclude", statement, match)
+    if owners.include != "*":
+        yield rule("outbound.owners.include", statement, *owner_matches(owners.include, negate=True))
+
+
+def dns(terms: Terms, statement: Statement | None) -> Iterator[Rule]:
+    """Queries to port 53. `statement` None means what the plan says: redirect, or DNAT to its addresses."""
+    settings = terms.plan.dns
+    if settings.capture == "none":
+        return
+    path = "dns.servers" if settings.capture == "servers" else "dns.capture"
+    servers: Everything | tuple[Cidr, ...] = "*" if settings.capture == "all" else settings.servers
+    for family, answer in _answers(terms, statement):
+        for of, matches in terms.addresses("dst", servers):
+            if family is None or of is None or of == family:
+                for protocol in (IS_UDP, IS_TCP):
+                    query = PortMatch("dst", QUERY_PORT)
+                    yield rule(path, answer, protocol, query, *matches, family=of or family)
+
+
+def _answers(terms: Terms, statement: Statement | None) -> Iterator[tuple[Family | None, Statement]]:
+    settings = terms.plan.dns
+    if not settings.addresses:
+        yield None, statement or Redirect(settings.port)
+        return
+    for address in settings.addresses:
+        yield "ip" if len(address) == 4 else "ip6", statement or Dnat(address, settings.port)
+
+
+def outbound_tcp(terms: Terms, statement: Statement) -> Iterator[Rule]:
+    """The rest of TCP: exclusions first, then what is included."""
+    plan = terms.plan
+    for family, matches in terms.addresses("dst", plan.proxy.loopback):
+        yield rule("proxy.loopback", Return(), *matches, family=family)
+    for family, matches in terms.addresses("dst", plan.outbound.cidrs.exclude):
+        yield rule("outbound.cidrs.exclude", Return(), *matches, family=family)
+    everything = plan.outbound.cidrs.include == "*"
+    if not everything:
+        for match in terms.ports("dst", plan.outbound.ports.include):
+            yield rule("outbound.ports.include", statement, IS_TCP, match)
+    for family, matches in terms.addresses("dst", plan.outbound.cidrs.include):
+        yield rule("outbound.cidrs.include", statement, IS_TCP, *matches, family=family)
+
+
+def outbound(terms: Terms, capture: Capture) -> Iterator[Rule]:
+    """Everything that hook output decides about."""
+    protocols = (IS_TCP, IS_UDP) if terms.plan.dns.capture != "none" else (IS_TCP,)
+    yield from leave_interfaces(terms, "out")
+    yield from exempt(terms, Return(), protocols)
+    yield from self_calls(terms, capture.inbound)
+    yield from leave_own(terms, Return())
+    yield from leave_loopback(terms)
+    yield from leave_owners(terms, Return())
+    yield from dns(terms, capture.dns)
+    yield from outbound_tcp(terms, capture.outbound)
+
+
+def reroutes(terms: Terms, statement: Statement) -> Iterator[Rule]:
+    """Interfaces whose inbound traffic is treated as outbound, and nothing else of it is captured."""
+    cidrs = terms.plan.outbound.cidrs
+    for index, reroute in enumerate(terms.plan.interfaces.reroute):
+        path, enters = f"interfaces.reroute[{index}]", IfaceMatch("in", reroute.interface)
+        exclude = cidrs.exclude if reroute.exclude is None else reroute.exclude
+        include = cidrs.include if reroute.include is None else reroute.include
+        for family, matches in terms.addresses("dst", exclude):
+            yield rule(path, Return(), enters, *matches, family=family)
+        for family, matches in terms.addresses("dst", include):
+            yield rule(path, statement, enters, IS_TCP, *matches, family=family)
+        yield rule(path, Return(), enters)
+
+
+def inbound_exempt(terms: Terms) -> Iterator[Rule]:
+    """Inbound TCP that is left alone: a proxied packet on its second way, probes, sources, ports."""
+    plan = terms.plan
+    if plan.inbound.mode == "tproxy":
+        mark = plan.inbound.tproxy.mark
+        yield rule("inbound.tproxy.mark", Return(), MarkMatch(mark.value, mark.mask))
+    for family, matches in terms.addresses("src", plan.proxy.probe_sources):
+        yield rule("proxy.probe_sources", Return(), *matches, family=family)
+    for family, matches in terms.addresses("src", plan.inbound.sources.exclude):
+        yield rule("inbound.sources.exclude", Return(), *matches, family=family)
+    if plan.proxy.tunnel_port:
+        tunnel = PortRange(plan.proxy.tunnel_port, plan.proxy.tunnel_port)
+        yield rule("proxy.tunnel_port", Return(), IS_TCP, PortMatch("dst", (tunnel,)))
+    for match in terms.ports("dst", plan.inbound.ports.exclude):
+        yield rule("inbound.ports.exclude", Return(), IS_TCP, match)
+
+
+def inbound_capture(terms: Terms, statement: Statement) -> Iterator[Rule]:
+    """Inbound TCP that goes to the proxy."""
+    for match in terms.port_choices("dst", terms.plan.inbound.ports.include):
+        yield rule("inbound.ports.include", statement, IS_TCP, *match)

@@ -1,0 +1,159 @@
+"""The default layout: chains of ours, a jump to each from the built-in one, lists as sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from netapply.compiler import decisions
+from netapply.compiler.decisions import Capture
+from netapply.compiler.layout import Part, TableName
+from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Terms, logged, rule
+from netapply.decide import DNS_PORT, ZONE_CAPTURED, ZONE_DIRECT
+from netapply.plan import Everything, Placement
+from netapply.ruleset import (
+    Accept,
+    Cidr,
+    ConnmarkMatch,
+    Drop,
+    Family,
+    IfaceMatch,
+    Jump,
+    MarkMatch,
+    Match,
+    PortMatch,
+    PortRange,
+    Redirect,
+    Return,
+    Rule,
+    SetConnmark,
+    SetMark,
+    SetZone,
+    SocketMatch,
+    StateMatch,
+    TProxy,
+)
+
+OUTBOUND, INBOUND, QUERY, DIVERT = "NETAPPLY_OUTBOUND", "NETAPPLY_INBOUND", "NETAPPLY_QUERY", "NETAPPLY_DIVERT"
+INVALID = "NETAPPLY_INVALID"
+BLOCK_OUTBOUND, BLOCK_INBOUND = "NETAPPLY_BLOCK_OUTBOUND", "NETAPPLY_BLOCK_INBOUND"
+IS_NEW = StateMatch(("new",))
+FROM_LO = IfaceMatch("in", "lo")
+
+
+def parts(terms: Terms) -> Iterator[Part]:
+    """Every part of the rule set, in the order raw, mangle, nat."""
+    captured: tuple[Family, ...] = ("ip", "ip6") if terms.plan.ipv6 == "capture" else ("ip",)
+    programmed: tuple[Family, ...] = ("ip",) if terms.plan.ipv6 == "skip" else ("ip", "ip6")
+    yield from _zones(terms, captured)
+    if terms.plan.invalid == "drop":
+        rules = (*decisions.leave_interfaces(terms, "in"), rule("invalid", Drop(), StateMatch(("invalid",))))
+        yield from _hang(terms, "mangle", "PREROUTING", INVALID, rules, programmed, "invalid")
+    if terms.plan.inbound.mode == "tproxy":
+        yield from _tproxy(terms, captured)
+    if terms.plan.ipv6 == "block":
+        yield from _blocked(terms)
+    yield from _nat(terms, captured)
+
+
+def _hang(
+    terms: Terms,
+    table: TableName,
+    hook: str,
+    chain: str,
+    rules: Iterable[Rule],
+    families: tuple[Family, ...],
+    path: str,
+    *guard: Match,
+) -> Iterator[Part]:
+    """A chain of ours, and the jump to it from the built-in chain `hook`."""
+    plan = terms.plan
+    place: Placement = plan.inbound.placement if hook == "PREROUTING" else plan.outbound.placement
+    yield Part(table, hook, (rule(path, Jump(chain), *guard),), families, place)
+    yield Part(table, chain, tuple(rules), families)
+
+
+def _nat(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
+    plan = terms.plan
+    to_outbound, to_inbound = Redirect(plan.proxy.outbound_port), Redirect(plan.proxy.inbound_port)
+    inbound = [*decisions.reroutes(terms, to_outbound)]
+    if plan.inbound.mode == "redirect":
+        inbound += decisions.leave_interfaces(terms, "in")
+        inbound += decisions.inbound_exempt(terms)
+        inbound += decisions.inbound_capture(terms, to_inbound)
+    yield from _hang(terms, "nat", "PREROUTING", INBOUND, logged(plan, inbound), families, "inbound", IS_TCP)
+    outbound = decisions.outbound(terms, Capture(to_outbound, to_inbound, None))
+    guard = () if plan.dns.capture != "none" else (IS_TCP,)
+    yield from _hang(terms, "nat", "OUTPUT", OUTBOUND, logged(plan, outbound), families, "outbound", *guard)
+
+
+def _tproxy(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
+    """Inbound TPROXY. The mark brings captured packets, and the answers to a proxy that borrows the client's address, to lo."""
+    plan = terms.plan
+    mark, path = plan.inbound.tproxy.mark, "inbound.tproxy.mark"
+    is_marked = MarkMatch(mark.value, mark.mask)
+    reroutes = (
+        rule("interfaces.reroute", Return(), IfaceMatch("in", each.interface)) for each in plan.interfaces.reroute
+    )
+    capture = decisions.inbound_capture(terms, TProxy(plan.proxy.inbound_port, mark.value, mark.mask))
+    inbound = (
+        *reroutes,
+        *decisions.leave_interfaces(terms, "in"),
+        rule(path, SetConnmark(mark.value, mark.mask), is_marked),
+        rule("inbound.mode", Return(), FROM_LO),
+        *decisions.inbound_exempt(terms),
+        rule("inbound.mode", Jump(DIVERT), SocketMatch()),
+        *logged(plan, (rule(each.path, each.statement, *each.matches, IS_NEW) for each in capture)),
+    )
+    yield from _hang(terms, "mangle", "PREROUTING", INBOUND, inbound, families, "inbound", IS_TCP)
+    divert = (rule(path, SetMark(mark.value, mark.mask)), rule("inbound.mode", Accept()))
+    yield Part("mangle", DIVERT, divert, families)
+    answers = (
+        rule(path, Return(), is_marked),
+        rule(path, SetMark(mark.value, mark.mask), ConnmarkMatch(mark.value, mark.mask)),
+    )
+    yield from _hang(terms, "mangle", "OUTPUT", OUTBOUND, answers, families, "inbound", IS_TCP)
+
+
+def _blocked(terms: Terms) -> Iterator[Part]:
+    """IPv6 that would have been captured is dropped; what would have passed passes."""
+    plan = terms.plan
+    inbound = [*decisions.reroutes(terms, Drop())]
+    if plan.inbound.mode != "none":
+        inbound += decisions.leave_interfaces(terms, "in")
+        inbound += [rule("inbound.mode", Return(), FROM_LO), *decisions.inbound_exempt(terms)]
+        inbound += decisions.inbound_capture(terms, Drop())
+    only: tuple[Family, ...] = ("ip6",)
+    yield from _hang(terms, "mangle", "PREROUTING", BLOCK_INBOUND, logged(plan, inbound), only, "ipv6", IS_TCP, IS_NEW)
+    outbound = decisions.outbound(terms, Capture(Drop(), Drop(), Drop()))
+    yield from _hang(terms, "mangle", "OUTPUT", BLOCK_OUTBOUND, logged(plan, outbound), only, "ipv6", IS_NEW)
+
+
+def _zones(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
+    """UDP DNS in two conntrack zones: queries that the proxy answers, and queries that reach a server."""
+    dns = terms.plan.dns
+    if dns.capture == "none" or not dns.zones or dns.addresses:
+        return
+    servers: Everything | tuple[Cidr, ...] = "*" if dns.capture == "all" else dns.servers
+    port_53 = (PortRange(DNS_PORT, DNS_PORT),)
+    answer = PortMatch("src", (PortRange(dns.port, dns.port),))
+    path, direct, taken = "dns.zones", SetZone(ZONE_DIRECT), SetZone(ZONE_CAPTURED)
+    outbound = [
+        *decisions.leave_interfaces(terms, "out"),
+        *(rule(path, taken, IS_UDP, answer, own) for _, own in terms.own()),
+    ]
+    for family, matches in terms.addresses("dst", servers):
+        outbound.append(rule(path, Jump(QUERY), IS_UDP, PortMatch("dst", port_53), *matches, family=family))
+    for family, matches in terms.addresses("src", servers):
+        outbound.append(rule(path, direct, ON_LO, IS_UDP, PortMatch("src", port_53), *matches, family=family))
+    yield from _hang(terms, "raw", "OUTPUT", OUTBOUND, outbound, families, path, IS_UDP)
+    query = (
+        *decisions.exempt(terms, direct, (IS_UDP,)),
+        *decisions.leave_own(terms, direct),
+        *decisions.leave_owners(terms, direct),
+        rule(path, taken),
+    )
+    yield Part("raw", QUERY, query, families)
+    inbound = [*decisions.leave_interfaces(terms, "in")]
+    for family, matches in terms.addresses("src", servers):
+        inbound.append(rule(path, direct, IS_UDP, PortMatch("src", port_53), *matches, family=family))
+    yield from _hang(terms, "raw", "PREROUTING", INBOUND, inbound, families, path, IS_UDP)

@@ -1,0 +1,71 @@
+"""TCP connections that are there already, by sock_diag(7). NAT decides on a flow's first packet, so these stay as they are.
+
+What is told is an estimate by addresses, ports and uid: the kernel gives neither the group nor the interface.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from netapply.evaluate import evaluate
+from netapply.flow import TCP, Flow
+from netapply.kernel import NETLINK_SOCK_DIAG, Kernel
+from netapply.ruleset import Ruleset
+
+# linux/sock_diag.h, linux/inet_diag.h
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
+_NLMSG_DONE, _NLMSG_ERROR = 3, 2
+_ESTABLISHED, _LISTEN = 1, 10  # net/tcp_states.h
+_HEADER = struct.Struct("=IHHII")
+_REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2: family, protocol, extensions, states, (socket id)
+_MESSAGE = struct.Struct("=BBxx2s2s16s16s4x8x12xI4x")  # struct inet_diag_msg: …, ports, addresses, …, uid, inode
+_FAMILIES = {2: 4, 10: 16}  # AF_INET, AF_INET6: length of an address
+
+
+def existing_flows(kernel: Kernel) -> tuple[Flow, ...]:
+    """The first packets, as they must have been, of every established TCP connection of the namespace."""
+    listening: set[int] = set()
+    established: list[tuple[int, int, bytes, bytes, int]] = []
+    for family, size in _FAMILIES.items():
+        for state, sport, dport, source, destination, uid in _sockets(kernel, family, size):
+            if state == _LISTEN:
+                listening.add(sport)
+            else:
+                established.append((sport, dport, source, destination, uid))
+    ours = {source for _, _, source, _, _ in established}
+    flows: list[Flow] = []
+    for sport, dport, source, destination, uid in established:
+        looped = destination in ours or destination[0] == 127
+        if sport not in listening:
+            flows.append(Flow("outbound", TCP, source, destination, sport, dport, "lo" if looped else "", uid))
+        elif not looped:
+            flows.append(Flow("inbound", TCP, destination, source, dport, sport, ""))
+    return tuple(flows)
+
+
+def treated_otherwise(flows: tuple[Flow, ...], before: Ruleset | None, after: Ruleset | None) -> int:
+    """How many of these flows would have another fate if they began now."""
+    old, new = before or Ruleset(), after or Ruleset()
+    return sum(not evaluate(old, flow).decision.same_as(evaluate(new, flow).decision) for flow in flows)
+
+
+def _sockets(kernel: Kernel, family: int, size: int) -> list[tuple[int, int, int, bytes, bytes, int]]:
+    body = _REQUEST.pack(family, TCP, 0, 1 << _ESTABLISHED | 1 << _LISTEN)
+    header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
+    found: list[tuple[int, int, int, bytes, bytes, int]] = []
+    for data in kernel.netlink(NETLINK_SOCK_DIAG, header + body):
+        offset = 0
+        while offset + _HEADER.size <= len(data):
+            length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
+            if kind == _SOCK_DIAG_BY_FAMILY and length >= _HEADER.size + _MESSAGE.size:
+                _, state, sport, dport, source, destination, uid = _MESSAGE.unpack_from(data, offset + _HEADER.size)
+                ends = _plain(source[:size]), _plain(destination[:size])
+                found.append((state, int.from_bytes(sport), int.from_bytes(dport), *ends, uid))
+            offset += max((length + 3) & ~3, _HEADER.size)
+    return found
+
+
+def _plain(packed: bytes) -> bytes:
+    """An IPv4 address that a dual-stack socket shows as IPv6, as the IPv4 address that its packets carry."""
+    return packed[12:] if packed.startswith(b"\0" * 10 + b"\xff\xff") else packed

@@ -1,0 +1,76 @@
+"""What a plan needs of a kernel beyond the ordinary, and the plan without what it only prefers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from netapply.errors import UnsupportedError
+from netapply.plan import CapturePlan, Owners
+
+
+def needs(plan: CapturePlan) -> tuple[str, ...]:
+    """The features, in plan words, that this plan cannot do without (or only by degrading)."""
+    found = {
+        "ip6": plan.ipv6 != "skip",
+        "tproxy": plan.inbound.mode == "tproxy",
+        "dns.zones": plan.dns.capture != "none" and plan.dns.zones and not plan.dns.addresses,
+        "invalid": plan.invalid == "drop",
+        "log": plan.log is not None,
+        "comments": plan.comments,
+        "cgroups": any(owners.cgroups for owners in _owners(plan)),
+    }
+    return tuple(name for name, wanted in found.items() if wanted)
+
+
+def degrade(plan: CapturePlan, backend: str, missing: Mapping[str, str]) -> tuple[CapturePlan, tuple[str, ...]]:
+    """The plan without the features that this kernel lacks and that it merely prefers, and a line for each.
+
+    Raises UnsupportedError, naming all of them, where it lacks one that is required.
+    """
+    lacking = [name for name in needs(plan) if name in missing]
+    required = [name for name in lacking if name not in plan.prefer]
+    if required:
+        said = "; ".join(f"{name} ({missing[name]})" for name in required)
+        raise UnsupportedError(
+            f"{backend} on this kernel lacks what the plan needs: {said}",
+            next_step=f"add it, or list it under `prefer` to do without: prefer: [{', '.join(required)}]",
+        )
+    for name in lacking:
+        plan = _WITHOUT[name](plan)
+    return plan, tuple(f"{name}: {_CONSEQUENCE[name]} ({missing[name]})" for name in lacking)
+
+
+_WITHOUT = {
+    "dns.zones": lambda plan: plan._replace(dns=plan.dns._replace(zones=False)),
+    "invalid": lambda plan: plan._replace(invalid="keep"),
+    "log": lambda plan: plan._replace(log=None),
+    "comments": lambda plan: plan._replace(comments=False),
+    "cgroups": lambda plan: plan._replace(outbound=_without_cgroups(plan)),
+}
+_CONSEQUENCE = {
+    "dns.zones": "a client's query and the proxy's own share a conntrack zone",
+    "invalid": "packets that conntrack finds invalid are kept",
+    "log": "captured flows are not logged",
+    "comments": "rules carry no comments",
+    "cgroups": "owners are told by uid and gid alone",
+}
+
+
+def _owners(plan: CapturePlan) -> Iterator[Owners]:
+    include = plan.outbound.owners.include
+    if not isinstance(include, str):
+        yield include
+    yield plan.outbound.owners.exclude
+    yield from (exception.owners for exception in plan.outbound.exclude_for_owners)
+    if not isinstance(plan.proxy.self_calls, str):
+        yield plan.proxy.self_calls
+
+
+def _without_cgroups(plan: CapturePlan) -> object:
+    outbound, owners = plan.outbound, plan.outbound.owners
+    include = owners.include if isinstance(owners.include, str) else owners.include._replace(cgroups=())
+    exceptions = (each._replace(owners=each.owners._replace(cgroups=())) for each in outbound.exclude_for_owners)
+    return outbound._replace(
+        owners=owners._replace(include=include, exclude=owners.exclude._replace(cgroups=())),
+        exclude_for_owners=tuple(each for each in exceptions if each.owners != Owners()),
+    )

@@ -1,0 +1,263 @@
+"""A network namespace, opened: the real `netapply.kernel.Kernel`.
+
+A thread enters the namespace for the few microseconds that it takes to open a socket or a file there, and comes
+back; sockets then work from any thread. All of them are opened on demand, kept, and closed with the namespace.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from io import FileIO
+from types import TracebackType
+from typing import Self, TypeVar
+
+from netapply import syscalls
+from netapply.errors import NamespaceError
+from netapply.kernel import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkProtocol, Scratch
+from netapply.netlink import exchange, open_netlink
+from netapply.nsfs import CURRENT, NamespaceId, Source, cookie_of, is_initial, open_source
+from netapply.reaper import close_later
+from netapply.ruleset import Family
+
+__all__ = ["Namespace", "NamespaceId"]
+
+T = TypeVar("T")
+
+_LEVEL: dict[Family, int] = {"ip": socket.SOL_IP, "ip6": socket.IPPROTO_IPV6}
+_FAMILY: dict[Family, int] = {"ip": socket.AF_INET, "ip6": socket.AF_INET6}
+
+
+class Namespace:
+    """One network namespace. Its methods may be called from any thread; requests wait for one another.
+
+    Use it as a context manager, or call `close`: an open namespace outlives the deletion of its name.
+    """
+
+    def __init__(self, source: Source, lock_timeout: float) -> None:
+        self._source = source
+        self._fd = source.fd
+        self._file = _file_of(source.fd)
+        self._lock_timeout = lock_timeout
+        self._lock = threading.Lock()
+        self._netlink: dict[NetlinkProtocol, socket.socket] = {}
+        self._raw: dict[Family, socket.socket] = {}
+        self.identity = NamespaceId(*self._file, 0)
+
+    @classmethod
+    def open(cls, spec: str | int | None = None, *, host: bool = False, lock_timeout: float = 10.0) -> Namespace:
+        """Open the namespace that `spec` names.
+
+        None is the namespace of the calling thread; "NAME" one of ip-netns(8); a word with a slash is a path;
+        "pid:1234" a process's; "fd:5", or 5, an inherited descriptor, which stays the caller's. The machine's
+        initial namespace is refused unless `host` is true. `lock_timeout` is in seconds. Raises NamespaceError.
+        """
+        namespace = cls(open_source(spec), lock_timeout)
+        try:
+            namespace._identify(host=host)
+        except BaseException:
+            namespace.close()
+            raise
+        return namespace
+
+    def _identify(self, *, host: bool) -> None:
+        def look() -> bool:
+            # Any socket tells the cookie; this one is kept, as routing is looked at first.
+            sock = self._netlink[NETLINK_ROUTE] = open_netlink(NETLINK_ROUTE)
+            self.identity = NamespaceId(*self._file, cookie_of(sock))
+            return is_initial(self.identity)
+
+        if self._visit(look) and not host:
+            raise NamespaceError(
+                f"{self._source.label} is the machine's own, where a mistake cuts it off",
+                next_step="name the namespace of the workload, or say --host if you mean the machine",
+            )
+
+    def __repr__(self) -> str:
+        return f"<Namespace {self._source.label}: inode {self.identity.inode}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def lock_timeout(self) -> float:
+        """Seconds to wait for the xtables lock."""
+        return self._lock_timeout
+
+    def verify_identity(self) -> None:
+        """Raise NamespaceError unless the name or path still leads to the namespace that was opened.
+
+        While it is open its inode number cannot be given to another. None, pid and fd lead to no other by nature.
+        """
+        if self._fd < 0:
+            raise NamespaceError(f"{self._source.label} is closed")
+        if not self._source.path:
+            return
+        step = "nothing was changed; run the command again for the namespace that is there now"
+        try:
+            there = _file_of(self._source.path)
+        except OSError as error:
+            raise NamespaceError(f"{self._source.label} was deleted meanwhile", next_step=step) from error
+        if there != self._file:
+            raise NamespaceError(f"{self._source.label} is another one than it was", next_step=step)
+
+    def netlink(self, protocol: NetlinkProtocol, request: bytes) -> list[bytes]:
+        """Send one request and return every datagram of the answer; see `netapply.kernel.Kernel.netlink`."""
+        with self._lock:
+            sock = self._netlink.get(protocol)
+            if sock is None:
+                sock = self._netlink[protocol] = self._visit(lambda: open_netlink(protocol))
+            try:
+                return exchange(sock, protocol, request)
+            except BaseException:
+                # What is left of this answer must not be taken for the next one's.
+                _close(protocol, self._netlink.pop(protocol))
+                raise
+
+    def getsockopt(self, family: Family, option: int, buffer: bytes, level: int | None = None) -> bytes:
+        """Get an option of a raw socket of this family, `buffer` being input and output. Raises OSError."""
+        with self._lock:
+            fd = self._raw_socket(family).fileno()
+            return syscalls.getsockopt(fd, _LEVEL[family] if level is None else level, option, buffer)
+
+    def setsockopt(self, family: Family, option: int, blob: bytes, scratch: Scratch | None = None) -> bytes:
+        """Set an option of a raw socket of this family; returns what the kernel wrote to `scratch`. Raises OSError."""
+        with self._lock:
+            fd = self._raw_socket(family).fileno()
+            if scratch is None:
+                syscalls.setsockopt(fd, _LEVEL[family], option, blob)
+                return b""
+            return syscalls.setsockopt_scratch(fd, _LEVEL[family], option, blob, scratch)
+
+    def _raw_socket(self, family: Family) -> socket.socket:
+        sock = self._raw.get(family)
+        if sock is None:
+            kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+            sock = self._raw[family] = self._visit(lambda: socket.socket(_FAMILY[family], kind, socket.IPPROTO_RAW))
+        return sock
+
+    def read_file(self, path: str) -> str:
+        """A file under /proc/net ("net/NAME") or /proc/sys ("sys/NAME") of this namespace. Raises OSError."""
+        place = _proc_path(path)
+
+        def read() -> bytes:
+            with FileIO(place) as file:
+                return file.readall()
+
+        with self._lock:
+            return self._visit(read).decode("ascii", "surrogateescape")
+
+    def write_file(self, path: str, value: str) -> None:
+        """Write one under /proc/sys, as "sys/NAME". Raises OSError."""
+        place = _proc_path(path)
+
+        def write() -> None:
+            with FileIO(place, "r+") as file:
+                file.write(value.encode())
+
+        with self._lock:
+            self._visit(write)
+
+    def inside(self, work: Callable[[], T]) -> T:
+        """Run `work` in a thread of its own that is in the namespace, and ends with it; returns or raises as it did."""
+        with self._lock:
+            fd = os.dup(self._open_fd())
+        outcome: list[T] = []
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                if _file_of(CURRENT) != self._file:
+                    self._enter(fd)
+                outcome.append(work())
+            except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
+                failure.append(error)
+
+        thread = threading.Thread(target=run, name="netapply-inside")
+        thread.start()
+        try:
+            thread.join()
+        finally:
+            thread.join()  # interrupted: nobody may roll back while the work still goes on
+            os.close(fd)
+        if failure:
+            raise failure[0]
+        return outcome[0]
+
+    def close(self) -> None:
+        """Let go of the namespace: at once but for its netlink sockets, which follow some 30 ms later. Idempotent."""
+        with self._lock:
+            for protocol, netlink in self._netlink.items():
+                _close(protocol, netlink)
+            for raw in self._raw.values():
+                raw.close()
+            self._netlink.clear()
+            self._raw.clear()
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _open_fd(self) -> int:
+        if self._fd < 0:
+            raise NamespaceError(f"{self._source.label} is closed")
+        return self._fd
+
+    def _enter(self, fd: int) -> None:
+        try:
+            syscalls.setns(fd)
+        except PermissionError as error:
+            raise NamespaceError(
+                f"{self._source.label} cannot be entered: {error.strerror}",
+                next_step="run as root, or with CAP_SYS_ADMIN, or as a process of that namespace",
+            ) from error
+
+    def _visit(self, work: Callable[[], T]) -> T:
+        """Run short `work` in the calling thread while that is in the namespace."""
+        fd = self._open_fd()
+        home = os.open(CURRENT, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if _file_of(home) == self._file:
+                return work()  # and so needs no capability: an init container has no CAP_SYS_ADMIN
+            try:
+                self._enter(fd)
+                return work()
+            finally:
+                # One call of a C function, as CPython handles signals between calls: an interrupt that came during
+                # the work is here already, and the next one is raised when the thread is back.
+                if syscalls.raw_setns(home, syscalls.CLONE_NEWNET) and _file_of(CURRENT) != _file_of(home):
+                    _abort(self._source.label)
+        finally:
+            os.close(home)
+
+
+def _file_of(place: str | int) -> tuple[int, int]:
+    status = os.stat(place)  # noqa: PTH116 - a descriptor too, and in microseconds
+    return status.st_dev, status.st_ino
+
+
+def _close(protocol: NetlinkProtocol, sock: socket.socket) -> None:
+    if protocol == NETLINK_NETFILTER:
+        close_later(sock.detach())
+    else:
+        sock.close()
+
+
+def _abort(label: str) -> None:
+    """End the process: a thread that cannot leave a namespace would do everything after this in the wrong one."""
+    os.write(2, f"netapply: a thread cannot come back from {label}; the process ends here\n".encode())
+    os.abort()
+
+
+def _proc_path(path: str) -> str:
+    area, _, rest = path.partition("/")
+    if area not in ("net", "sys") or ".." in rest.split("/"):
+        raise ValueError(f"{path!r} is neither net/NAME nor sys/NAME")
+    # /proc/net is a link to self/net, which is the main thread's; this thread may be in another namespace.
+    return f"/proc/thread-self/{path}" if area == "net" else f"/proc/{path}"

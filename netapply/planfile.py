@@ -1,0 +1,120 @@
+"""Plan files: bytes to `CapturePlan` and back. Every fault of a file is reported at once, and nothing else happens.
+
+plan = load_plan(b"apiVersion: netapply/v1")
+plan = read_plan("plan.yaml")            # "-" is standard input
+dump_plan(plan)                          # as a file spells it, JSON-able
+fingerprint(plan)                        # 16 hex digits, the same for plans that mean the same
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from netapply.contradictions import find_contradictions
+from netapply.documents import LIMITS, Format, Limits, read_document
+from netapply.errors import Fault, PlanError
+from netapply.fields import FAULTY, Check, Redundant
+from netapply.lookups import SYSTEM, Lookups
+from netapply.plan import Owners
+from netapply.schema import PLAN
+
+if TYPE_CHECKING:
+    from netapply.plan import CapturePlan
+
+_FORMATS: dict[str, Format] = {".json": "json", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml"}
+
+
+class Loaded(NamedTuple):
+    """A plan, and the entries of its file that change nothing (for `netapply.lint`)."""
+
+    plan: CapturePlan
+    redundant: tuple[Redundant, ...]
+
+
+def load_plan(
+    data: bytes | str,
+    *,
+    format: Format | None = None,  # noqa: A002 - the word that users know
+    lookups: Lookups = SYSTEM,
+    source: str = "<plan>",
+    limits: Limits = LIMITS,
+) -> CapturePlan:
+    """The plan of a file's content; the format is guessed when None. Raises PlanError with every fault."""
+    return examine_plan(data, format=format, lookups=lookups, source=source, limits=limits).plan
+
+
+def read_plan(
+    path: str,
+    *,
+    format: Format | None = None,  # noqa: A002 - the word that users know
+    lookups: Lookups = SYSTEM,
+    limits: Limits = LIMITS,
+) -> CapturePlan:
+    """The plan in the file at `path`, or on standard input for "-". Raises PlanError, also where it cannot be read."""
+    data = read_source(path, limits)
+    return load_plan(data, format=format or format_of(path), lookups=lookups, source=_shown(path), limits=limits)
+
+
+def examine_plan(
+    data: bytes | str,
+    *,
+    format: Format | None = None,  # noqa: A002 - the word that users know
+    lookups: Lookups = SYSTEM,
+    source: str = "<plan>",
+    limits: Limits = LIMITS,
+) -> Loaded:
+    """`load_plan`, and what was redundant in the file."""
+    document = read_document(data, format, limits, source)
+    check = Check(lookups)
+    plan = PLAN.parse(document, "", check)
+    if plan is not FAULTY:
+        check.faults.extend(find_contradictions(plan, [fault.path for fault in check.faults]))
+    if check.faults:
+        raise PlanError(tuple(check.faults))
+    return Loaded(plan, tuple(check.redundant))
+
+
+def read_source(path: str, limits: Limits = LIMITS) -> bytes:
+    """The bytes of a file, or of standard input for "-"; no more than one over the limit. Raises PlanError."""
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read(limits.max_bytes + 1)
+        with open(path, "rb") as file:  # noqa: PTH123 - pathlib costs 5 ms of start-up
+            return file.read(limits.max_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PlanError((Fault(_shown(path), reason, "name a plan file that can be read"),)) from error
+
+
+def format_of(path: str) -> Format | None:
+    """What the file's name says about its format."""
+    name = path.lower()
+    return next((word for ending, word in _FORMATS.items() if name.endswith(ending)), None)
+
+
+def _shown(path: str) -> str:
+    return "<stdin>" if path == "-" else path
+
+
+def dump_plan(plan: CapturePlan) -> dict[str, Any]:
+    """The whole plan in a file's spelling, defaults too, JSON-able. `load_plan` of it gives the same plan."""
+    written: dict[str, Any] = PLAN.write(plan)
+    return written
+
+
+def fingerprint(plan: CapturePlan) -> str:
+    """16 hex digits of the SHA-256 of the plan's canonical JSON, and of the cgroups' ids, which files do not spell."""
+    import json  # noqa: PLC0415 - the formats are loaded when needed
+    from hashlib import sha256  # noqa: PLC0415 - OpenSSL costs 3 ms of start-up
+
+    cgroups = {cgroup.path: cgroup.id for owners in _owners(plan) for cgroup in owners.cgroups}
+    text = json.dumps([dump_plan(plan), cgroups], sort_keys=True, separators=(",", ":"))
+    return sha256(text.encode()).hexdigest()[:16]
+
+
+def _owners(plan: CapturePlan) -> list[Owners]:
+    rules = plan.outbound.owners
+    places = [plan.proxy.self_calls, rules.include, rules.exclude]
+    places += [exception.owners for exception in plan.outbound.exclude_for_owners]
+    return [place for place in places if isinstance(place, Owners)]

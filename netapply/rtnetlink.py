@@ -1,0 +1,116 @@
+"""The little of rtnetlink(7) that every plan needs: addresses on `lo`, and whether policy rules of ours stand.
+
+Rules and routes themselves are pyroute2's (`netapply.policy`); importing that costs more than a whole apply, and
+most plans have none.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+
+from netapply.errors import KernelError
+from netapply.kernel import NETLINK_ROUTE, Kernel
+
+#: `lo` has this index in every network namespace (net/core/dev.c reserves it: LOOPBACK_IFINDEX).
+LOOPBACK_INDEX = 1
+#: IFA_PROTO of the addresses that we add: who put them there. Linux before 5.18 neither keeps nor tells it.
+ADDRESS_PROTOCOL = 0x6E
+
+_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
+_ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
+_ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
+_U32 = struct.Struct("=I")
+_ERROR = struct.Struct("=i")
+_RULE_SIZE = 12  # struct fib_rule_hdr
+_NLMSG_ERROR = 2
+_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR, _RTM_NEWRULE, _RTM_GETRULE = 20, 21, 22, 32, 34
+_REQUEST, _ACK, _EXCL, _CREATE, _DUMP = 0x1, 0x4, 0x200, 0x400, 0x300
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_PROTO, _FRA_PRIORITY = 1, 2, 11, 6
+_ACK_TLVS, _NLMSGERR_MSG = 0x200, 1
+_SEQUENCE = 1  # a socket has one request at a time
+
+
+def loopback_addresses(kernel: Kernel) -> Iterator[tuple[bytes, int]]:
+    """Each single address on `lo`, packed, with the protocol that put it there (0 where it is not known)."""
+    request = _message(_RTM_GETADDR, _DUMP, _ADDRESS.pack(0, 0, 0, 0, 0))
+    for data, offset, end in _messages(_ask(kernel, "list addresses", request), _RTM_NEWADDR):
+        _, prefix, _, _, index = _ADDRESS.unpack_from(data, offset)
+        if index != LOOPBACK_INDEX:
+            continue
+        found = dict(_attributes(data, offset + _ADDRESS.size, end))
+        packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS, b"")
+        if prefix == 8 * len(packed):
+            yield packed, found.get(_IFA_PROTO, b"\0")[0]
+
+
+def change_address(kernel: Kernel, operation: str, packed: bytes, *, add: bool) -> None:
+    """Add an address to `lo`, or delete it. Raises KernelError: EEXIST, EADDRNOTAVAIL where there is nothing to do."""
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    body = _ADDRESS.pack(family, 8 * len(packed), 0, 0, LOOPBACK_INDEX) + _attribute(_IFA_LOCAL, packed)
+    if add:
+        body += _attribute(_IFA_PROTO, bytes([ADDRESS_PROTOCOL]))
+        request = _message(_RTM_NEWADDR, _ACK | _CREATE | _EXCL, body)
+    else:
+        request = _message(_RTM_DELADDR, _ACK, body)
+    _ask(kernel, operation, request)
+
+
+def rule_priorities(kernel: Kernel) -> set[int]:
+    """The preferences of all policy rules of all families."""
+    request = _message(_RTM_GETRULE, _DUMP, bytes(_RULE_SIZE))
+    found: set[int] = set()
+    for data, offset, end in _messages(_ask(kernel, "list policy rules", request), _RTM_NEWRULE):
+        priority = dict(_attributes(data, offset + _RULE_SIZE, end)).get(_FRA_PRIORITY)
+        if priority:
+            found.add(_U32.unpack(priority)[0])
+    return found
+
+
+def _message(kind: int, flags: int, body: bytes) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | flags, _SEQUENCE, 0) + body
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def _attributes(data: bytes, offset: int, end: int) -> Iterator[tuple[int, bytes]]:
+    while offset + _ATTRIBUTE.size <= end:
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        yield kind & 0x3FFF, data[offset + _ATTRIBUTE.size : min(offset + length, end)]
+        offset += max((length + 3) & ~3, _ATTRIBUTE.size)
+
+
+def _ask(kernel: Kernel, operation: str, request: bytes) -> list[bytes]:
+    """The answer to one request; KernelError where it is an error, with the kernel's own words."""
+    try:
+        answer = kernel.netlink(NETLINK_ROUTE, request)
+    except OSError as error:
+        raise KernelError(operation, error.errno or 0) from error
+    for data, offset, end in _messages(answer, _NLMSG_ERROR):
+        code = -_ERROR.unpack_from(data, offset)[0]
+        if code:
+            raise KernelError(operation, code, extack=_explanation(data, offset, end))
+    return answer
+
+
+def _explanation(data: bytes, offset: int, end: int) -> str:
+    _, _, flags, _, _ = _HEADER.unpack_from(data, offset - _HEADER.size)
+    if not flags & _ACK_TLVS:
+        return ""
+    # NETLINK_CAP_ACK: the header of our request stands between the error and the attributes, and not its body.
+    words = dict(_attributes(data, offset + _ERROR.size + _HEADER.size, end)).get(_NLMSGERR_MSG, b"")
+    return words.rstrip(b"\0").decode("ascii", "replace")
+
+
+def _messages(answer: list[bytes], wanted: int) -> Iterator[tuple[bytes, int, int]]:
+    """Of each message of one type: the datagram, and where in it the body begins and ends."""
+    for data in answer:
+        offset, size = 0, len(data)
+        while offset + _HEADER.size <= size:
+            length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
+            if kind == wanted:
+                yield data, offset + _HEADER.size, min(offset + length, size)
+            offset += max((length + 3) & ~3, _HEADER.size)

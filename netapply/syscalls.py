@@ -1,0 +1,69 @@
+"""System calls that CPython 3.11 has no function for, through ctypes, which releases the GIL around each.
+
+Every function raises OSError with the kernel's errno. They know nothing of netfilter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+from netapply.kernel import Scratch
+
+CLONE_NEWNET = 0x40000000  # linux/sched.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+#: setns(2) bare: returns 0, or -1 and raises nothing. For the way back, which must not be interrupted.
+raw_setns = _libc.setns
+raw_setns.argtypes = (ctypes.c_int, ctypes.c_int)
+_fstatfs = _libc.fstatfs
+_fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_getsockopt = _libc.getsockopt
+_getsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+_setsockopt = _libc.setsockopt
+_setsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint)
+
+_POINTER = struct.Struct("P")
+
+
+def _checked(result: int) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def setns(fd: int, kind: int = CLONE_NEWNET) -> None:
+    """Move the calling thread, and no other, into the namespace that `fd` refers to (setns(2))."""
+    _checked(raw_setns(fd, kind))
+
+
+def filesystem_magic(fd: int) -> int:
+    """The `f_type` of the file system that `fd` lies on (fstatfs(2), linux/magic.h)."""
+    # struct statfs is 120 bytes on 64-bit machines; f_type comes first. The magics fit in 32 bits, and the word's
+    # upper half, where it has one, is zero.
+    found = (ctypes.c_ulong * 32)()
+    _checked(_fstatfs(fd, found))
+    return int(found[0]) & 0xFFFFFFFF
+
+
+def getsockopt(fd: int, level: int, option: int, buffer: bytes) -> bytes:
+    """Get an option (man 2 getsockopt), `buffer` being input and output; returns what the kernel left of it."""
+    value = ctypes.create_string_buffer(buffer, len(buffer))
+    length = ctypes.c_uint(len(buffer))
+    _checked(_getsockopt(fd, level, option, value, ctypes.byref(length)))
+    return value.raw if length.value == len(buffer) else value.raw[: length.value]
+
+
+def setsockopt(fd: int, level: int, option: int, blob: bytes) -> None:
+    """Set an option (man 2 setsockopt) to `blob`."""
+    _checked(_setsockopt(fd, level, option, blob, len(blob)))
+
+
+def setsockopt_scratch(fd: int, level: int, option: int, blob: bytes, scratch: Scratch) -> bytes:
+    """Set an option to `blob` with the address of a scratch buffer put into it; returns what the kernel wrote there."""
+    value = ctypes.create_string_buffer(blob, len(blob))
+    written = ctypes.create_string_buffer(scratch.size)
+    _POINTER.pack_into(value, scratch.offset, ctypes.addressof(written))
+    _checked(_setsockopt(fd, level, option, value, len(blob)))
+    return written.raw

@@ -1,0 +1,169 @@
+"""All or nothing: journal, routing, rules, read back; and on any failure back to what was, by the same way.
+
+`_converge` brings a namespace to a state, whatever it is in: new routing first, then the rules (raw, mangle, nat), and
+what is no longer wanted of routing last, so that capture is on only while all of it stands. Roll-back and recovery are
+the same function with another state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+from netapply import routing
+from netapply.backend import Backend, Owned, Snapshot
+from netapply.errors import ApplyError, CancelledError, ConflictError, GenerationChanged, JournalError, NetapplyError
+from netapply.journal import Entry, Files, State
+from netapply.namespace import Namespace
+from netapply.ruleset import Routing
+
+#: How often the rules are read and encoded anew when somebody else changes them in between.
+ATTEMPTS = 12
+#: Seconds before the second attempt; each later one waits twice as long, up to a quarter of a second.
+FIRST_PAUSE = 0.001
+
+
+class Outcome(NamedTuple):
+    """The steps that were done, by name, and the routing that is ours now."""
+
+    steps: tuple[str, ...]
+    created: Routing
+
+
+class Transaction:
+    """One change of one namespace by one backend."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        backend: Backend,
+        owned: Owned,
+        files: Files | None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._namespace = namespace
+        self._backend = backend
+        self._owned = owned
+        self._files = files
+        #: Asked before each step of the way forward; the way back is never cancelled.
+        self._cancelled = cancelled
+        self._step = "read what is there"
+        self._done: list[str] = []
+
+    def run(self, entry: Entry) -> Outcome:
+        """Bring the namespace to `entry.desired`. No step, and no journal, when it is there already.
+
+        `entry.created` is the routing known as ours from before. Raises ApplyError after a roll-back.
+        """
+        snapshot = self._backend.read(self._namespace, self._owned)
+        standing = routing.read(self._namespace, entry.desired.routing, entry.created)
+        wanted = routing.plan(standing, entry.desired.routing)
+        if not wanted and not self._backend.encode(snapshot, entry.desired.ruleset):
+            return Outcome((), standing.ours)
+        before = State(snapshot.ruleset, standing.ours)
+        known = routing.remember(standing.ours, [step for step in wanted if step.add])
+        self._store(entry._replace(pending=True, before=before, created=known))
+        try:
+            self._namespace.verify_identity()
+            created = self._converge(entry.desired, entry.created, snapshot)
+            self._prove(entry.desired, created)
+            self._step = "commit the journal"
+            self._store(entry._replace(pending=False, before=before, created=created))
+        except BaseException as error:
+            self._undo(before, known, entry, error)
+            raise
+        return Outcome(tuple(self._done), created)
+
+    def restore(self, entry: Entry) -> tuple[str, ...]:
+        """Finish or undo an interrupted run; returns the steps that were done. Raises NetapplyError when neither held."""
+        if not self._differs(entry.desired, entry.created):
+            created = routing.read(self._namespace, entry.desired.routing, entry.created).ours
+            self._store(entry._replace(pending=False, created=created))
+            return ()
+        created = self._converge(entry.before, entry.created)
+        self._prove(entry.before, created)
+        self._store(entry._replace(pending=False, desired=entry.before, created=created))
+        return tuple(self._done)
+
+    def _undo(self, before: State, known: Routing, entry: Entry, error: BaseException) -> None:
+        """Back to `before`. Always raises: ApplyError, which says whether that held; an interrupt as it came, if it did."""
+        failed, self._done, self._cancelled = self._step, [], lambda: False
+        try:
+            created = self._converge(before, known)
+            self._prove(before, created)
+            # A journal that cannot be written still says "pending", and the next command finds nothing left to undo.
+            with suppress(JournalError):
+                self._store(entry._replace(pending=False, desired=before, before=before, created=created))
+        except BaseException as second:
+            raise ApplyError(failed, error, restored=False, rollback=second) from error
+        if not isinstance(error, Exception):
+            return
+        raise ApplyError(failed, error, restored=True) from error
+
+    def _converge(self, state: State, record: Routing, snapshot: Snapshot | None = None) -> Routing:
+        """Bring the namespace to `state` from wherever it is; returns the routing that is ours then."""
+        standing = routing.read(self._namespace, state.routing, record)
+        steps = routing.plan(standing, state.routing)
+        done = [step for step in steps if step.add and self._route(step)]
+        self._rules(state, snapshot)
+        done += [step for step in steps if not step.add and self._route(step)]
+        return routing.remember(standing.ours, done)
+
+    def _route(self, step: routing.RoutingStep) -> bool:
+        return bool(self._do(step.name, lambda: routing.commit(self._namespace, step)))
+
+    def _rules(self, state: State, snapshot: Snapshot | None) -> None:
+        """Commit the backend's steps; when somebody else was faster, look again and go on from there."""
+        pause = FIRST_PAUSE
+        for attempt in range(ATTEMPTS):
+            if snapshot is None:
+                self._step = "read the rules"
+                snapshot = self._backend.read(self._namespace, self._owned)
+            self._step = "encode the rules"
+            try:
+                for step in self._backend.encode(snapshot, state.ruleset):
+                    self._do(step.name, lambda step=step: self._backend.commit(self._namespace, step))  # type: ignore[misc]  # mypy cannot infer a lambda with a bound default
+            except GenerationChanged:
+                snapshot = None
+                time.sleep(pause if attempt else 0)
+                pause = min(2 * pause, 0.25)
+            else:
+                return
+        raise ConflictError(
+            f"somebody else changed the same tables {ATTEMPTS} times in a row while ours were being committed",
+            next_step="find out who: `nft monitor` names the process; then apply again",
+        )
+
+    def _do(self, name: str, work: Callable[[], bool | None]) -> bool | None:
+        self._step = name
+        if self._cancelled():
+            raise CancelledError("cancelled")
+        result = work()
+        if result is not False:
+            self._done.append(name)
+        return result
+
+    def _prove(self, state: State, record: Routing) -> None:
+        """Read back and compare. Somebody who changes ours at this very moment is put right, a few times."""
+        for _ in range(ATTEMPTS):
+            self._step = "read back"
+            wrong = self._differs(state, record)
+            if not wrong:
+                return
+            self._rules(state, None)
+        raise NetapplyError(
+            f"the kernel does not hold what it acknowledged; still to do: {wrong}",
+            next_step="look for a program that rewrites these rules (`nft monitor`), or report this",
+        )
+
+    def _differs(self, state: State, record: Routing) -> str:
+        """The first step from what is there to `state`; "" when it is there."""
+        steps = self._backend.encode(self._backend.read(self._namespace, self._owned), state.ruleset)
+        rest = routing.plan(routing.read(self._namespace, state.routing, record), state.routing)
+        return next((step.name for step in (*steps, *rest)), "")
+
+    def _store(self, entry: Entry) -> None:
+        if self._files is not None:
+            self._files.store(entry)

@@ -1,0 +1,54 @@
+"""Fixtures: namespaces of the test's own, and a lock file that is not the machine's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests import netns as namespaces
+from tests.netns import Netns
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_xtables_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """/run/xtables.lock is shared by all namespaces of the machine; no test, and no tool it runs, may take it."""
+    path = str(tmp_path_factory.mktemp("xtables") / "lock")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XTABLES_LOCKFILE", path)
+        yield path
+
+
+@pytest.fixture(scope="session")
+def _swept() -> None:
+    namespaces.sweep()
+
+
+@pytest.fixture
+def make_netns() -> Iterator[Callable[..., Netns]]:
+    """Make namespaces, as many as the test wants; `lo=False` leaves `lo` down."""
+    made: list[Netns] = []
+
+    def make(*, lo: bool = True) -> Netns:
+        try:
+            made.append(namespaces.make(lo=lo))
+        except PermissionError:
+            pytest.skip("making a network namespace takes CAP_SYS_ADMIN")
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def netns(make_netns: Callable[..., Netns]) -> Netns:
+    """A new network namespace with `lo` up, gone after the test."""
+    return make_netns()
+
+
+@pytest.fixture
+def named_netns(_swept: None) -> Iterator[Netns]:
+    """A new network namespace with a name that `ip netns` knows."""
+    with namespaces.named() as netns:
+        yield netns

@@ -1,0 +1,192 @@
+"""iptables-nft: every rule that can be written is read back, by us and by iptables-nft itself."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from netapply.errors import UnsupportedError
+from netapply.namespace import Namespace
+from netapply.ruleset import (
+    AddressMatch,
+    Cidr,
+    Family,
+    IfaceMatch,
+    MarkMatch,
+    PortMatch,
+    PortRange,
+    ProtocolMatch,
+    Return,
+    Rule,
+    Ruleset,
+)
+from netapply_iptables_nft import BACKEND
+from netapply_iptables_nft.decode import split_state
+from netapply_iptables_nft.encode import encode_rule
+from netapply_iptables_nft.tables import read_tables
+from tests import netns as namespaces
+from tests.iptables_nft_rules import rulesets
+from tests.netns import Netns
+
+SAVE: dict[Family, str] = {"ip": "iptables-nft-save", "ip6": "ip6tables-nft-save"}
+RESTORE: dict[Family, str] = {"ip": "iptables-nft-restore", "ip6": "ip6tables-nft-restore"}
+LIVE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+@pytest.fixture(scope="module")
+def worn() -> Iterator[tuple[Netns, Namespace]]:
+    """A namespace that one example leaves to the next, so that every apply but the first is an update."""
+    netns = namespaces.make()
+    with Namespace.open(netns.path) as kernel:
+        yield netns, kernel
+    netns.close()
+
+
+def apply(kernel: Namespace, ruleset: Ruleset | None) -> None:
+    for step in BACKEND.encode(BACKEND.read(kernel), ruleset):
+        BACKEND.commit(kernel, step)
+
+
+def by_chain(text: str) -> dict[tuple[str, str], list[str]]:
+    """The rules of each chain that has any, by table and chain."""
+    found: dict[tuple[str, str], list[str]] = {}
+    table = ""
+    for line in text.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
+        elif line.startswith("-A"):
+            found.setdefault((table, line.split()[1]), []).append(line)
+    return found
+
+
+def section(text: str, family: Family) -> str:
+    """One family's part of what `render` gives."""
+    start, name = "# ip6tables-restore\n" if family == "ip6" else "# iptables-restore\n", "# ip6tables-restore\n"
+    after = text.partition(start)[2]
+    return after if family == "ip6" else after.partition(name)[0]
+
+
+def without_handles(tables: object) -> object:
+    return [
+        (key, name, [split_state(rule.expressions)[0] for rule in chain.rules])
+        for key, table in tables.items()
+        for name, chain in sorted(table.chains.items())
+        if chain.rules
+    ]
+
+
+@LIVE
+@given(rulesets())
+def test_what_is_applied_is_read_back(worn: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
+    """The kernel holds exactly the rule set, whatever stood there before, and there is nothing left to do."""
+    _, kernel = worn
+    apply(kernel, ruleset)
+    after = BACKEND.read(kernel)
+    assert after.ruleset == ruleset
+    assert BACKEND.encode(after, ruleset) == ()
+    assert after.foreign == ()
+
+
+@settings(LIVE, max_examples=25)
+@given(rulesets())
+def test_iptables_nft_save_prints_what_we_render(worn: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
+    """The stock tool sees the same rules, in the same order, in every chain; restoring its save changes nothing."""
+    netns, kernel = worn
+    apply(kernel, ruleset)
+    for family in ("ip", "ip6"):
+        saved = netns.run(SAVE[family])
+        assert by_chain(saved) == by_chain(section(BACKEND.render(ruleset), family))
+        netns.run(RESTORE[family], stdin=saved)
+        assert by_chain(netns.run(SAVE[family])) == by_chain(saved)
+
+
+@settings(LIVE, max_examples=25)
+@given(rulesets())
+def test_what_iptables_nft_restores_is_ours_still(worn: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
+    """Native ports and marks, as iptables 1.8.8 and later write them on a restore, mean what our xt matches meant."""
+    netns, kernel = worn
+    apply(kernel, ruleset)
+    for family in ("ip", "ip6"):
+        netns.run(RESTORE[family], stdin=netns.run(SAVE[family]))
+    found = BACKEND.read(kernel).ruleset
+    assert [(t.family, t.name, c.name, i, r) for t, c, i, r in Ruleset(found.tables).walk() if c.base is None] == [
+        (t.family, t.name, c.name, i, r) for t, c, i, r in ruleset.walk() if c.base is None
+    ] or sorted(map(str, rules_of(found))) == sorted(map(str, rules_of(ruleset)))
+
+
+def rules_of(ruleset: Ruleset) -> list[tuple[str, str, str, int, Rule]]:
+    return [(table.family, table.name, chain.name, index, rule) for table, chain, index, rule in ruleset.walk()]
+
+
+def is_xt_in_iptables(rule: Rule) -> bool:
+    """iptables 1.8.9 writes single ports and packet marks as native expressions; we must not."""
+    return not any(isinstance(m, MarkMatch) or (isinstance(m, PortMatch) and len(m.ranges) == 1) for m in rule.matches)
+
+
+@settings(LIVE, max_examples=25)
+@given(rulesets())
+def test_bytes_are_those_of_iptables(worn: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
+    """Where iptables 1.8.9 writes xt matches too, the kernel holds the same bytes for its rules as for ours."""
+    netns, kernel = worn
+    plain = Ruleset(
+        tuple(
+            table._replace(
+                chains=tuple(
+                    chain._replace(rules=tuple(rule for rule in chain.rules if is_xt_in_iptables(rule)))
+                    for chain in table.chains
+                )
+            )
+            for table in ruleset.tables
+        ),
+        ruleset.sets,
+    )
+    apply(kernel, plain)
+    ours = without_handles(read_tables(kernel))
+    for family in ("ip", "ip6"):
+        netns.run(RESTORE[family], stdin=section(BACKEND.render(plain), family))
+    assert without_handles(read_tables(kernel)) == ours
+
+
+@settings(LIVE, max_examples=3)
+@given(rulesets())
+def test_iptables_nft_finds_every_rule(worn: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
+    """`iptables-nft -C` succeeds for each rule as we render it."""
+    netns, kernel = worn
+    apply(kernel, ruleset)
+    for table, chain, _, rule in ruleset.walk():
+        words = shlex.split(BACKEND.render_rule(table, chain, rule))
+        tool = "iptables-nft" if table.family == "ip" else "ip6tables-nft"
+        netns.run(tool, "-t", table.name, "-C", *words[1:])
+
+
+def test_clean_leaves_nothing(worn: tuple[Netns, Namespace]) -> None:
+    """However many rule sets came and went, nothing of them stays."""
+    netns, kernel = worn
+    apply(kernel, None)
+    assert netns.run("nft", "list", "ruleset") == ""
+    assert BACKEND.read(kernel).ruleset is None
+
+
+TCP = ProtocolMatch(6)
+
+
+@pytest.mark.parametrize(
+    "matches",
+    [
+        (AddressMatch("src", Cidr(b"\n\0\0\0", 8)), AddressMatch("src", Cidr(b"\n\1\0\0", 16))),
+        (IfaceMatch("out", "lo"), IfaceMatch("out", "eth0")),
+        (TCP, ProtocolMatch(17)),
+        (AddressMatch("src", Cidr(bytes(16), 8)),),
+        (IfaceMatch("in", "+"),),
+        (IfaceMatch("in", "a" * 16),),
+        (PortMatch("dst", (PortRange(1, 1),)),),
+    ],
+    ids=["two sources", "two interfaces", "two protocols", "other family", "any interface", "long name", "no protocol"],
+)
+def test_what_iptables_cannot_say_is_refused(matches: tuple[object, ...]) -> None:
+    """A rule that iptables would misread is refused before the kernel is touched."""
+    with pytest.raises(UnsupportedError):
+        encode_rule(Rule(matches, Return()), "ip")
