@@ -49,6 +49,8 @@ def _outbound(plan: CapturePlan, flow: Flow) -> Decision:
         return Decision("bypass", path="outbound.exclude_for_owners")
     if lo and _address(flow.source, proxy.passthrough_sources):
         return Decision("bypass", path="proxy.passthrough_sources")
+    if _tproxied(plan, flow):
+        return Decision("bypass", path="inbound.tproxy.mark")
     if _address(flow.destination, proxy.probe_sources):
         return Decision("bypass", path="proxy.probe_sources")
     own_address = lo and tcp and not _address(flow.destination, proxy.loopback)
@@ -90,8 +92,7 @@ def _inbound(plan: CapturePlan, flow: Flow) -> Decision:
         return Decision("bypass", path="interfaces.exclude")
     if inbound.mode == "none" or not tcp or flow.iface == "lo":
         return Decision("bypass", path="inbound.mode")
-    mark = inbound.tproxy.mark
-    if inbound.mode == "tproxy" and flow.mark & mark.mask == mark.value:
+    if _tproxied(plan, flow):
         return Decision("bypass", path="inbound.tproxy.mark")
     if _address(flow.source, proxy.probe_sources):
         return Decision("bypass", path="proxy.probe_sources")
@@ -133,6 +134,12 @@ def _zone(plan: CapturePlan, flow: Flow, *, captured: bool) -> int:
         return ZONE_CAPTURED if captured else ZONE_DIRECT
     local_server = flow.iface == "lo" and flow.sport == DNS_PORT and _address(flow.source, servers)
     return ZONE_DIRECT if local_server else 0
+
+
+def _tproxied(plan: CapturePlan, flow: Flow) -> bool:
+    """Is this the proxy's connection to the application, on behalf of one that came by TPROXY?"""
+    mark = plan.inbound.tproxy.mark
+    return plan.inbound.mode == "tproxy" and flow.mark & mark.mask == mark.value
 
 
 def _own(plan: CapturePlan, flow: Flow) -> bool:

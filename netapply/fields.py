@@ -309,7 +309,7 @@ class Group(NamedTuple):
         # A guess takes a good part of a millisecond: a file of nothing but unknown fields gets a few.
         close = get_close_matches(name[:64].lower(), self.fields, 1) if len(check.faults) < _GUESSES else []
         hint = f"did you mean {close[0]}?" if close else f"the fields here are {', '.join(self.fields)}"
-        shown = name if name.isprintable() and len(name) <= 40 else shorten(name)
+        shown = name if name and name.isprintable() and len(name) <= 40 else shorten(name)
         check.faults.append(Fault(f"{at}.{shown}" if at else shown, "an unknown field", hint))
 
     def write(self, value: Any) -> Any:

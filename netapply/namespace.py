@@ -36,10 +36,10 @@ class Namespace:
     Use it as a context manager, or call `close`: an open namespace outlives the deletion of its name.
     """
 
-    def __init__(self, source: Source, lock_timeout: float) -> None:
+    def __init__(self, source: Source, file: tuple[int, int], lock_timeout: float) -> None:
         self._source = source
         self._fd = source.fd
-        self._file = _file_of(source.fd)
+        self._file = file
         self._lock_timeout = lock_timeout
         self._lock = threading.Lock()
         self._netlink: dict[NetlinkProtocol, socket.socket] = {}
@@ -54,7 +54,8 @@ class Namespace:
         "pid:1234" a process's; "fd:5", or 5, an inherited descriptor, which stays the caller's. The machine's
         initial namespace is refused unless `host` is true. `lock_timeout` is in seconds. Raises NamespaceError.
         """
-        namespace = cls(open_source(spec), lock_timeout)
+        source = open_source(spec)
+        namespace = cls(source, _file_of(source.fd), lock_timeout)
         try:
             namespace._identify(host=host)
         except BaseException:
@@ -238,7 +239,7 @@ class Namespace:
 
 
 def _file_of(place: str | int) -> tuple[int, int]:
-    status = os.stat(place)  # noqa: PTH116 - a descriptor too, and in microseconds
+    status = os.stat(place)
     return status.st_dev, status.st_ino
 
 

@@ -93,7 +93,7 @@ def _find(spec: str | int | None, label: str) -> Source:
             return Source(_open_pid(int(number)), label)
         return Source(fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, 3), label)
     if "/" in spec:
-        place = os.path.abspath(spec)  # noqa: PTH100 - as pathlib's, without its import
+        place = os.path.abspath(spec)
         return Source(os.open(place, _OPEN), label, place)
     if not (spec and spec[0] in _FIRST and _OTHERS.issuperset(spec)):
         raise NamespaceError(

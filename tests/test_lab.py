@@ -96,6 +96,9 @@ def restore(lab: Lab, rules: str, **words: str) -> None:
 def capture(lab: Lab, mode: str) -> None:
     """Istio's rules for the usual plan."""
     tool(lab, "ip", "address", "add", "::6/128", "dev", "lo")
+    deadline = time.monotonic() + 5
+    while "local ::6" not in tool(lab, "ip", "route", "get", "::6"):  # a worker of the kernel adds the route, later
+        assert time.monotonic() < deadline
     if mode == "redirect":
         restore(lab, NAT, more=INBOUND_REDIRECT)
         return

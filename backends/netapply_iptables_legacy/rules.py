@@ -144,7 +144,7 @@ def _encode_header(matches: tuple[Match, ...], family: Family) -> tuple[bytes, i
 
 def _encode_iface(name: str) -> _Part:
     """As xtables_parse_interface does: a wildcard keeps its `+`, out of the mask; another name compares its NUL too."""
-    value = name.encode()
+    value = name.encode("utf-8", "surrogateescape")
     if not 0 < len(value) < 16:
         raise UnsupportedError(f"interface {name!r}: a name has 1 to 15 bytes")
     size = len(value) - 1 if value.endswith(b"+") else len(value) + 1

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from netapply.backend import OURS, Dialect, Owned, Probe
 from netapply.kernel import Kernel
-from netapply.ruleset import Ruleset
+from netapply.ruleset import Chain, Rule, Ruleset, Table
 from netapply_nftables.changes import check, create_table, delete_table, update_table
 from netapply_nftables.probe import probe
-from netapply_nftables.render import render
+from netapply_nftables.render import render, render_rule
 from netapply_nftables.snapshot import Snapshot, find_table, read_snapshot
 from netapply_wire.nfnetlink import Batch, encode_batch, send_batch
 
@@ -61,6 +61,10 @@ class Nftables:
     def render(self, ruleset: Ruleset) -> str:
         """What `nft list table inet netapply` prints for it, all counters 0."""
         return render(ruleset)
+
+    def render_rule(self, table: Table, chain: Chain, rule: Rule) -> str:  # noqa: ARG002 - a rule says it all here
+        """One rule as `nft` prints it, without its counter."""
+        return render_rule(rule)[0].replace(" counter packets 0 bytes 0", "", 1)
 
     def _creation(self, desired: Ruleset) -> Batch:
         for known, batch in self._created:

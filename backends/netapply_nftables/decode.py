@@ -192,7 +192,7 @@ def _decode_guard(term: _Term) -> Family:
     return family
 
 
-def _decode_match(term: _Term, family: Family | None, cgroup: str, port_sets: PortSets) -> Match:  # noqa: PLR0911 - a case for each kind
+def _decode_match(term: _Term, family: Family | None, cgroup: str, port_sets: PortSets) -> Match:
     match term.source, term.key:
         case "payload", nft.NFT_PAYLOAD_NETWORK_HEADER:
             return _decode_address(term, family)

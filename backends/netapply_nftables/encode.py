@@ -113,7 +113,7 @@ def _guard(family: Family | None) -> bytes:
 
 
 @lru_cache(4096)
-def _encode_match(match: Match, family: Family | None) -> bytes:  # noqa: C901, PLR0911, PLR0912 - a case a kind
+def _encode_match(match: Match, family: Family | None) -> bytes:
     match match:
         case IfaceMatch():
             return nft.meta(IFACE_KEYS[match.direction]) + _iface(match)
@@ -199,9 +199,7 @@ def _masked(match: MarkMatch | ConnmarkMatch) -> bytes:
 
 
 @lru_cache(1024)
-def _encode_statement(  # noqa: C901, PLR0911, PLR0912 - a case for each kind
-    statement: Statement, family: Family | None
-) -> bytes:
+def _encode_statement(statement: Statement, family: Family | None) -> bytes:
     match statement:
         case Jump():
             return nft.verdict(nft.NFT_JUMP, statement.chain)

@@ -125,10 +125,9 @@ def render_rule(rule: Rule) -> list[str]:
 
 
 def _match_words(rule: Rule) -> Iterator[str]:
-    # nft leaves out what another match implies: the family before an address, the protocol before a port.
-    addressed = any(isinstance(match, AddressMatch | SetMatch) for match in rule.matches)
+    # nft leaves out what another match implies: the family before an address or ICMP, the protocol before a port.
     protocol = ""
-    guarded = rule.family is None or addressed
+    guarded = rule.family is None or any(_implies_family(match, rule.family) for match in rule.matches)
     ported = any(isinstance(match, PortMatch) for match in rule.matches)
     for match in rule.matches:
         if not guarded and not isinstance(match, IfaceMatch):
@@ -143,7 +142,12 @@ def _match_words(rule: Rule) -> Iterator[str]:
         yield f"meta nfproto {_NFPROTO[rule.family]}"
 
 
-def _match(match: Match, family: Family | None, protocol: str) -> str:  # noqa: C901, PLR0911, PLR0912 - a case a kind
+def _implies_family(match: Match, family: Family) -> bool:
+    icmp = 1 if family == "ip" else 58
+    return isinstance(match, AddressMatch | SetMatch) or (isinstance(match, ProtocolMatch) and match.protocol == icmp)
+
+
+def _match(match: Match, family: Family | None, protocol: str) -> str:
     match match:
         case IfaceMatch():
             return _iface(match)
@@ -197,12 +201,12 @@ def _block(cidr: Cidr) -> str:
 def _masked(match: MarkMatch | ConnmarkMatch) -> str:
     if match.mask == ALL_BITS:
         return f"{_not(match.negate)}0x{match.value:08x}"
-    if isinstance(match, ConnmarkMatch) and match.mask == ALL_BITS << (32 - match.mask.bit_count()) & ALL_BITS:
+    if match.mask == ALL_BITS << (32 - match.mask.bit_count()) & ALL_BITS:
         return f"{_not(match.negate)}0x{match.value:08x}/{match.mask.bit_count()}"  # leading bits, as of an address
     return f"& 0x{match.mask:08x} {'!=' if match.negate else '=='} 0x{match.value:08x}"
 
 
-def _statement(statement: Statement, family: Family | None) -> str:  # noqa: C901, PLR0911 - a case a kind
+def _statement(statement: Statement, family: Family | None) -> str:
     match statement:
         case Jump():
             return f"jump {statement.chain}"

@@ -66,7 +66,7 @@ def _interval(cidr: Cidr, bits: int) -> Interval:
     return first, first + (1 << (bits - cidr.prefix))
 
 
-def _add_set(  # noqa: PLR0913, PLR0917 - a set is that many things
+def _add_set(
     table: str, name: str, set_id: int, key_type: int, bits: int, flags: int, intervals: Sequence[Interval]
 ) -> list[Operation]:
     elements = list(_encode_elements(intervals, bits, ends=bool(flags & NFT_SET_INTERVAL)))

@@ -167,7 +167,7 @@ def _port_extension(match: PortMatch, protocol: int) -> Extension:
 
 def _limit_extension(match: LimitMatch) -> Extension:
     interval = PER_MINUTE // match.rate
-    if not interval or round(PER_MINUTE / interval) != match.rate:
+    if not interval or PER_MINUTE // interval != match.rate:
         raise UnsupportedError(f"a limit of {match.rate} a minute; xt_limit cannot tell it from its neighbours")
     return Extension("limit", 0, _LIMIT.pack(interval, match.burst))
 
@@ -220,7 +220,7 @@ def _parse_match(ext: Extension, sets: Mapping[int, str]) -> Match | None:  # no
         return SocketMatch()
     if name == "limit":
         interval, burst = _LIMIT.unpack(info)
-        return LimitMatch(round(PER_MINUTE / interval), burst)
+        return LimitMatch(PER_MINUTE // interval, burst)
     return None
 
 

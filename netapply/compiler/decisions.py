@@ -60,8 +60,16 @@ def exempt(terms: Terms, statement: Statement, protocols: tuple[ProtocolMatch, .
                     yield rule(f"outbound.exclude_for_owners[{index}]", statement, protocol, *chunk, owner)
     for family, matches in terms.addresses("src", plan.proxy.passthrough_sources):
         yield rule("proxy.passthrough_sources", statement, ON_LO, *matches, family=family)
+    yield from tproxied(terms, statement)
     for family, matches in terms.addresses("dst", plan.proxy.probe_sources):
         yield rule("proxy.probe_sources", statement, *matches, family=family)
+
+
+def tproxied(terms: Terms, statement: Statement) -> Iterator[Rule]:
+    """The proxy's connections to the application, on behalf of those that came by TPROXY."""
+    if terms.plan.inbound.mode == "tproxy":
+        mark = terms.plan.inbound.tproxy.mark
+        yield rule("inbound.tproxy.mark", statement, MarkMatch(mark.value, mark.mask))
 
 
 def self_calls(terms: Terms, statement: Statement) -> Iterator[Rule]:
@@ -183,9 +191,7 @@ def reroutes(terms: Terms, statement: Statement) -> Iterator[Rule]:
 def inbound_exempt(terms: Terms) -> Iterator[Rule]:
     """Inbound TCP that is left alone: a proxied packet on its second way, probes, sources, ports."""
     plan = terms.plan
-    if plan.inbound.mode == "tproxy":
-        mark = plan.inbound.tproxy.mark
-        yield rule("inbound.tproxy.mark", Return(), MarkMatch(mark.value, mark.mask))
+    yield from tproxied(terms, Return())
     for family, matches in terms.addresses("src", plan.proxy.probe_sources):
         yield rule("proxy.probe_sources", Return(), *matches, family=family)
     for family, matches in terms.addresses("src", plan.inbound.sources.exclude):

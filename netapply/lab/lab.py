@@ -114,14 +114,14 @@ class Lab:
         self._services.listen(proxy.bound(family, INBOUND, transparent=True), mesh.inbound)
 
     # --- probes ----------------------------------------------------------------------------------------------
-    # The suppressions: a probe is described by all of this, and every wait has a bound that the caller may choose.
+    # The suppressions: every wait has a bound, and the caller may choose it.
 
     async def send(self, probe: flows.Send, *, timeout: float = 1.0) -> Answer:  # noqa: ASYNC109  # see above
         """Send what `traffic_types` describes."""
         way = self.tcp if probe.protocol == "tcp" else self.udp
         return await way(probe.source, probe.to, uid=probe.uid, gid=probe.gid, timeout=timeout)
 
-    async def tcp(  # noqa: PLR0913  # see above
+    async def tcp(
         self,
         source: str,
         to: Endpoint,
@@ -137,7 +137,7 @@ class Lab:
         """
         return await probes.ask_tcp(self.actor(source, uid=uid, gid=gid), to, bind, timeout)
 
-    async def udp(  # noqa: PLR0913  # see above
+    async def udp(
         self,
         source: str,
         to: Endpoint,
@@ -150,7 +150,7 @@ class Lab:
         """The same by one datagram, which is not sent again."""
         return await probes.ask_udp(self.actor(source, uid=uid, gid=gid), to, bind, timeout)
 
-    async def dns(  # noqa: PLR0913  # see above
+    async def dns(
         self,
         source: str,
         to: Endpoint,

@@ -6,6 +6,8 @@ The pod has one address a family. The remote side has one too, and besides answe
 
 from __future__ import annotations
 
+import errno
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -13,13 +15,14 @@ from typing import Any, NamedTuple, cast
 import pyroute2  # pyright: ignore[reportMissingTypeStubs]  # it ships none
 
 from netapply.errors import KernelError
-from netapply.lab.namespaces import Place
+from netapply.lab.namespaces import PATIENCE, Place
 from netapply.ruleset import FAMILIES, Family
 
 IFACE = "eth0"  # the same name on both sides, as in a pod
 MAC_POD, MAC_REMOTE = "02:00:00:00:00:02", "02:00:00:00:00:01"  # locally administered
 LO_INDEX = 1  # always (net/core/dev.c: the loopback device is registered first)
 IFA_F_NODAD = 2  # linux/if_addr.h: usable at once
+RTN_LOCAL = 2  # linux/rtnetlink.h: a route to this host itself
 NUD_PERMANENT = 0x80  # linux/neighbour.h
 LOCAL_TABLE = 255  # linux/rtnetlink.h: RT_TABLE_LOCAL
 
@@ -68,6 +71,8 @@ def connect(pod: Place, remote: Place) -> tuple[Family, ...]:
         families = FAMILIES if pod.inside(_has_ipv6) else FAMILIES[:1]
         pod.inside(lambda: _configure(families, is_pod=True))
         remote.inside(lambda: _configure(families, is_pod=False))
+        pod.inside(lambda: _await_ready(tuple(ADDRESSES[family].pod for family in families)))
+        remote.inside(lambda: _await_ready(tuple(ADDRESSES[family].remote for family in families)))
     except pyroute2.NetlinkError as error:
         raise KernelError("join the namespaces of the lab by a veth pair", cast("int", error.code)) from error
     return families
@@ -110,6 +115,23 @@ def _configure(families: tuple[Family, ...], *, is_pod: bool) -> None:
             ipr.route("add", dst=ours.default, gateway=peer)
             for block in ours.documentation[: 0 if is_pod else None]:
                 ipr.route("add", dst=block, type="local", scope="host", oif=LO_INDEX, table=LOCAL_TABLE)
+
+
+def _await_ready(addresses: tuple[str, ...]) -> None:
+    """Wait until the device sends and the namespace's own addresses are delivered; raises KernelError after 2.5 s.
+
+    Both come after the calls that asked for them, when the kernel's link watcher and its IPv6 address worker get
+    the routing lock: on a busy machine hundreds of milliseconds later. What is sent before is lost without an error.
+    """
+    deadline = time.monotonic() + PATIENCE / 2
+    with _route_socket() as ipr:
+        index = ipr.link_lookup(ifname=IFACE)[0]
+        while ipr.link("get", index=index)[0].get_attr("IFLA_OPERSTATE") != "UP" or any(
+            ipr.route("get", dst=address)[0]["type"] != RTN_LOCAL for address in addresses
+        ):
+            if time.monotonic() > deadline:
+                raise KernelError("wait for the veth pair of the lab", errno.ETIMEDOUT)
+            time.sleep(0.001)
 
 
 def _route_socket() -> Any:
