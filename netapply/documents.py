@@ -110,7 +110,7 @@ def _too_deep(where: str, limits: Limits) -> NoReturn:
 
 
 def _read_json(text: str, limits: Limits, source: str) -> Any:
-    import json  # noqa: PLC0415 - only the format at hand is loaded
+    import json
 
     _count(text, ",[{", limits, source)
     try:
@@ -136,7 +136,7 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_toml(text: str, limits: Limits, source: str) -> Any:
-    import tomllib  # noqa: PLC0415 - only the format at hand is loaded
+    import tomllib
 
     _count(text, ",[{=", limits, source)
     if _toml_long_key.search(text):
@@ -152,7 +152,7 @@ def _read_toml(text: str, limits: Limits, source: str) -> Any:
 
 
 def _read_yaml(text: str, limits: Limits, source: str) -> Any:
-    import yaml  # noqa: PLC0415 - only the format at hand is loaded
+    import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:

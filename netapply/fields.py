@@ -304,7 +304,7 @@ class Group(NamedTuple):
         return self.make(found, at, check)
 
     def _unknown(self, name: str, at: str, check: Check) -> None:
-        from difflib import get_close_matches  # noqa: PLC0415 - only for plans with faults
+        from difflib import get_close_matches
 
         # A guess takes a good part of a millisecond: a file of nothing but unknown fields gets a few.
         close = get_close_matches(name[:64].lower(), self.fields, 1) if len(check.faults) < _GUESSES else []

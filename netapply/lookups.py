@@ -43,7 +43,7 @@ def system_lookups(*, resolv_conf: str = "/etc/resolv.conf", cgroup_root: str = 
 
 def read_servers(path: str) -> tuple[str, ...]:
     """The `nameserver` addresses of a resolv.conf(5), without zone ids, in order, each once. Raises OSError."""
-    with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - pathlib costs 5 ms of start-up
+    with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read(_RESOLV_CONF_BYTES)
     words = [line.split() for line in text.splitlines()]
     servers = [word[1].partition("%")[0] for word in words if len(word) > 1 and word[0] == "nameserver"]
@@ -53,7 +53,7 @@ def read_servers(path: str) -> tuple[str, ...]:
 def cgroup_id(path: str, root: str) -> int:
     """The inode number of the cgroup's directory, which is the kernel's id of it; 0 where there is none."""
     try:
-        return os.stat(f"{root}/{path}").st_ino  # noqa: PTH116 - pathlib costs 5 ms of start-up
+        return os.stat(f"{root}/{path}").st_ino
     except OSError:
         return 0
 
@@ -65,7 +65,7 @@ def _cgroup_root() -> str:
 
 
 def _uid(name: str) -> int | None:
-    import pwd  # noqa: PLC0415 - only plans with names need it
+    import pwd
 
     try:
         return pwd.getpwnam(name).pw_uid
@@ -74,7 +74,7 @@ def _uid(name: str) -> int | None:
 
 
 def _gid(name: str) -> int | None:
-    import grp  # noqa: PLC0415 - only plans with names need it
+    import grp
 
     try:
         return grp.getgrnam(name).gr_gid

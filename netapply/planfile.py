@@ -80,7 +80,7 @@ def read_source(path: str, limits: Limits = LIMITS) -> bytes:
     try:
         if path == "-":
             return sys.stdin.buffer.read(limits.max_bytes + 1)
-        with open(path, "rb") as file:  # noqa: PTH123 - pathlib costs 5 ms of start-up
+        with open(path, "rb") as file:
             return file.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
@@ -105,8 +105,8 @@ def dump_plan(plan: CapturePlan) -> dict[str, Any]:
 
 def fingerprint(plan: CapturePlan) -> str:
     """16 hex digits of the SHA-256 of the plan's canonical JSON, and of the cgroups' ids, which files do not spell."""
-    import json  # noqa: PLC0415 - the formats are loaded when needed
-    from hashlib import sha256  # noqa: PLC0415 - OpenSSL costs 3 ms of start-up
+    import json
+    from hashlib import sha256
 
     cgroups = {cgroup.path: cgroup.id for owners in _owners(plan) for cgroup in owners.cgroups}
     text = json.dumps([dump_plan(plan), cgroups], sort_keys=True, separators=(",", ":"))

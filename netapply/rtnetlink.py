@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 from netapply.errors import KernelError
@@ -18,14 +19,19 @@ LOOPBACK_INDEX = 1
 #: IFA_PROTO of the addresses that we add: who put them there. Linux before 5.18 neither keeps nor tells it.
 ADDRESS_PROTOCOL = 0x6E
 
+#: Seconds to wait for the route of a new address.
+PATIENCE = 0.25
+
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
 _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
+_ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, destination and source length, …, type, flags
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
 _U32 = struct.Struct("=I")
 _ERROR = struct.Struct("=i")
 _RULE_SIZE = 12  # struct fib_rule_hdr
 _NLMSG_ERROR = 2
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR, _RTM_NEWRULE, _RTM_GETRULE = 20, 21, 22, 32, 34
+_RTM_NEWROUTE, _RTM_GETROUTE, _RTN_LOCAL, _RTA_DST = 24, 26, 2, 1
 _REQUEST, _ACK, _EXCL, _CREATE, _DUMP = 0x1, 0x4, 0x200, 0x400, 0x300
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_PROTO, _FRA_PRIORITY = 1, 2, 11, 6
 _ACK_TLVS, _NLMSGERR_MSG = 0x200, 1
@@ -55,6 +61,24 @@ def change_address(kernel: Kernel, operation: str, packed: bytes, *, add: bool) 
     else:
         request = _message(_RTM_DELADDR, _ACK, body)
     _ask(kernel, operation, request)
+    if add and family == socket.AF_INET6:
+        _await_local(kernel, operation, packed)
+
+
+def _await_local(kernel: Kernel, operation: str, packed: bytes) -> None:
+    """Wait until packets to the address are delivered here. The kernel adds the route a moment after it acknowledged.
+
+    net/ipv6/addrconf.c: addrconf_dad_work, a work item, notifies __ipv6_ifa_notify, which inserts the route: mostly at
+    once, up to 20 ms later on a busy machine. Goes on after PATIENCE all the same: while `lo` is down there is no route.
+    """
+    body = _ROUTE.pack(socket.AF_INET6, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, packed)
+    request = _message(_RTM_GETROUTE, 0, body)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        found = _messages(_ask(kernel, operation, request, missing=True), _RTM_NEWROUTE)
+        if any(_ROUTE.unpack_from(data, offset)[7] == _RTN_LOCAL for data, offset, _ in found):
+            return
+        time.sleep(0.0002)
 
 
 def rule_priorities(kernel: Kernel) -> set[int]:
@@ -83,15 +107,15 @@ def _attributes(data: bytes, offset: int, end: int) -> Iterator[tuple[int, bytes
         offset += max((length + 3) & ~3, _ATTRIBUTE.size)
 
 
-def _ask(kernel: Kernel, operation: str, request: bytes) -> list[bytes]:
-    """The answer to one request; KernelError where it is an error, with the kernel's own words."""
+def _ask(kernel: Kernel, operation: str, request: bytes, *, missing: bool = False) -> list[bytes]:
+    """The answer to one request; KernelError where it is an error, with the kernel's own words, unless it may be `missing`."""
     try:
         answer = kernel.netlink(NETLINK_ROUTE, request)
     except OSError as error:
         raise KernelError(operation, error.errno or 0) from error
     for data, offset, end in _messages(answer, _NLMSG_ERROR):
         code = -_ERROR.unpack_from(data, offset)[0]
-        if code:
+        if code and not missing:
             raise KernelError(operation, code, extack=_explanation(data, offset, end))
     return answer
 

@@ -1,0 +1,420 @@
+"""The iptables-legacy backend on the kernel: what is written reads back, by us and by iptables, and nobody else's is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from netapply.backend import Owned
+from netapply.errors import ConflictError, DecodeError, GenerationChanged, KernelError, UnsupportedError
+from netapply.namespace import Namespace
+from netapply.ruleset import (
+    Accept,
+    AddressMatch,
+    Base,
+    Chain,
+    Cidr,
+    Drop,
+    IfaceMatch,
+    Jump,
+    NamedSet,
+    OwnerMatch,
+    PortMatch,
+    PortRange,
+    ProtocolMatch,
+    Redirect,
+    Return,
+    Rule,
+    Ruleset,
+    SetMatch,
+    Table,
+)
+from netapply_iptables_legacy import BACKEND
+from netapply_iptables_legacy.snapshot import LegacySnapshot, read_table
+from tests import netns as namespaces
+from tests.netns import Netns
+from tests.test_legacy_rules import rulesets
+
+TCP = ProtocolMatch(6)
+CGROUP = f"netapply-tables-{os.getpid()}"
+FOREIGN = """*nat
+:PREROUTING ACCEPT [0:0]
+:INPUT ACCEPT [0:0]
+:OUTPUT ACCEPT [7:420]
+:POSTROUTING ACCEPT [1:60]
+:THEIRS - [0:0]
+:ZULU - [0:0]
+[3:180] -A PREROUTING -i eth+ -p tcp -m statistic --mode nth --every 3 --packet 1 -j THEIRS
+[5:300] -A OUTPUT -d 10.9.8.7/32 -m u32 --u32 "0x0=0x1" -j ZULU
+[9:540] -A OUTPUT -m addrtype --dst-type LOCAL -g THEIRS
+[2:120] -A THEIRS -p tcp
+[4:240] -A THEIRS -j ZULU
+[6:360] -A ZULU -p tcp -m recent --rcheck --name known -j RETURN
+COMMIT
+*filter
+:INPUT DROP [2:100]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+[8:480] -A INPUT -m hashlimit --hashlimit-upto 5/sec --hashlimit-name x -j ACCEPT
+COMMIT
+"""
+
+
+def plan(port: int = 15001, place: str = "first") -> Ruleset:
+    jump = (Rule((TCP,), Jump("NETAPPLY_OUTPUT")),)
+    built_in = Chain(
+        "OUTPUT", () if place == "first" else jump, Base("nat", "output", -100), jump if place == "first" else ()
+    )
+    own = (
+        Rule((OwnerMatch("uid", 1337, 1337),), Return()),
+        Rule((IfaceMatch("out", "lo"),), Return(), None, "outbound.loopback"),
+        Rule((TCP,), Redirect(port)),
+    )
+    return Ruleset((Table("ip", "nat", (built_in, Chain("NETAPPLY_OUTPUT", own))),))
+
+
+def apply(kernel: Namespace, desired: Ruleset | None, owned: Owned = Owned()) -> tuple[str, ...]:
+    steps = BACKEND.encode(BACKEND.read(kernel, owned), desired)
+    for step in steps:
+        BACKEND.commit(kernel, step)
+    return tuple(step.name for step in steps)
+
+
+def saved(netns: Netns, *, six: bool = False) -> str:
+    """What iptables-legacy-save says, with counters, without the lines that carry the date."""
+    text = netns.run("ip6tables-legacy-save" if six else "iptables-legacy-save", "-c")
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+
+
+def names(kernel: Namespace) -> list[str]:
+    return [kernel.read_file(f"net/{kind}_tables_names") for kind in ("ip", "ip6")]
+
+
+@pytest.fixture
+def kernel(netns: Netns) -> Iterator[Namespace]:
+    with Namespace.open(netns.path, lock_timeout=2.0) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def cgroup() -> Iterator[str]:
+    """A cgroup v2 that rules may name, or "" where none can be made."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    root = next((Path(words[1]) for words in mounts if words[2] == "cgroup2"), None)
+    try:
+        (root or Path("/nowhere")).joinpath(CGROUP).mkdir()
+    except OSError:
+        yield ""
+        return
+    yield CGROUP
+    (root or Path("/nowhere")).joinpath(CGROUP).rmdir()
+
+
+@pytest.fixture(scope="module")
+def shared(private_xtables_lock: str) -> Iterator[tuple[Netns, Namespace]]:
+    """One namespace for many random rule sets."""
+    netns = namespaces.make()
+    with Namespace.open(netns.path) as opened:
+        yield netns, opened
+    netns.close()
+
+
+def test_random_rule_sets_read_back_and_survive_iptables(shared: tuple[Netns, Namespace], cgroup: str) -> None:
+    """Written, each reads back equal, prints as rendered, and a save restored by iptables gives the same bytes."""
+    netns, kernel = shared
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(desired=rulesets(cgroup))
+    def check(desired: Ruleset) -> None:
+        apply(kernel, desired)
+        snapshot = BACKEND.read(kernel)
+        assert snapshot.ruleset == desired
+        assert BACKEND.encode(snapshot, desired) == ()
+        texts = BACKEND.render(desired).split("# ip6tables-restore\n")
+        assert isinstance(snapshot, LegacySnapshot)
+        before = {
+            place: [(b.name, [e.key for e in b.entries]) for b in t.blocks] for place, t in snapshot.tables.items()
+        }
+        for program, rendered in zip(("iptables", "ip6tables"), texts, strict=False):
+            text = netns.run(f"{program}-legacy-save")
+            printed = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+            for table in rendered.split("# iptables-restore\n")[-1].split("*")[1:]:
+                assert table in printed
+            netns.run(f"{program}-legacy-restore", stdin=text)
+        again = BACKEND.read(kernel)
+        assert isinstance(again, LegacySnapshot)
+        assert before == {
+            place: [(b.name, [e.key for e in b.entries]) for b in t.blocks] for place, t in again.tables.items()
+        }
+        apply(kernel, None)
+        assert BACKEND.read(kernel).ruleset is None
+
+    check()
+
+
+def test_reading_probing_and_detecting_create_nothing(kernel: Namespace) -> None:
+    assert names(kernel) == ["", ""]
+    assert BACKEND.probe(kernel).status == "usable"
+    assert not BACKEND.probe(kernel).in_use
+    assert not BACKEND.detect(kernel)
+    snapshot = BACKEND.read(kernel)
+    assert snapshot.ruleset is None
+    assert BACKEND.encode(snapshot, None) == ()
+    assert BACKEND.encode(snapshot, plan())
+    assert names(kernel) == ["", ""]
+
+
+def test_only_the_tables_that_are_needed_are_created(kernel: Namespace) -> None:
+    assert apply(kernel, plan()) == ("replace table ip nat",)
+    assert names(kernel) == ["nat\n", ""]
+    assert BACKEND.probe(kernel).in_use
+    assert BACKEND.detect(kernel)
+
+
+def test_a_second_apply_has_no_steps(kernel: Namespace) -> None:
+    apply(kernel, plan())
+    assert apply(kernel, plan()) == ()
+
+
+def test_a_missing_table_and_an_emptied_one_are_alike_for_others(kernel: Namespace) -> None:
+    before = BACKEND.read(kernel).foreign
+    apply(kernel, plan())
+    apply(kernel, None)
+    assert BACKEND.read(kernel).foreign == before
+    assert not BACKEND.detect(kernel)
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_foreign_rules_policies_and_all_counters_stay(netns: Netns, kernel: Namespace, place: str) -> None:
+    """The matches in FOREIGN are ones that we know nothing of, one rule has no target, and one is a goto."""
+    netns.run("iptables-legacy-restore", "-c", stdin=FOREIGN)
+    before, foreign = saved(netns), BACKEND.read(kernel).foreign
+    apply(kernel, plan(15001, place))
+    between = BACKEND.read(kernel)
+    assert between.foreign == foreign
+    assert between.ruleset == plan(15001, place)
+    lines = [line for line in saved(netns).splitlines() if "NETAPPLY" not in line]
+    assert lines == before.splitlines()
+    outputs = [line for line in saved(netns).splitlines() if " OUTPUT " in line and "-A" in line]
+    assert "NETAPPLY" in outputs[0 if place == "first" else -1]
+    apply(kernel, plan(15009, place))
+    apply(kernel, None)
+    assert saved(netns) == before
+
+
+def test_counters_of_rules_that_stay_are_kept(netns: Netns, kernel: Namespace) -> None:
+    """And are those of the moment of the exchange."""
+    apply(kernel, plan())
+    text = saved(netns).replace("[0:0] -A NETAPPLY_OUTPUT -o lo", "[11:660] -A NETAPPLY_OUTPUT -o lo")
+    netns.run("iptables-legacy-restore", "-c", stdin=text.replace("[0:0] -A OUTPUT", "[12:720] -A OUTPUT"))
+    snapshot = BACKEND.read(kernel)
+    steps = BACKEND.encode(snapshot, plan(15009))
+    netns.run("iptables-legacy", "-t", "nat", "-Z", "OUTPUT")  # counters only: no reason to give up
+    for step in steps:
+        BACKEND.commit(kernel, step)
+    assert snapshot.counters["ip", "nat", "OUTPUT", 0] == (12, 720)
+    after = BACKEND.read(kernel).counters
+    assert after["ip", "nat", "OUTPUT", 0] == (0, 0)
+    assert after["ip", "nat", "NETAPPLY_OUTPUT", 1] == (11, 660)
+    assert after["ip", "nat", "NETAPPLY_OUTPUT", 2] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("-R", "THEIRS", "2", "-j", "ACCEPT"),
+        ("-A", "THEIRS", "-j", "ACCEPT"),
+        ("-P", "OUTPUT", "ACCEPT"),
+        ("-E", "ZULU", "ALPHA"),
+    ],
+)
+def test_a_change_between_read_and_commit_is_noticed(netns: Netns, kernel: Namespace, change: tuple[str, ...]) -> None:
+    """Also one that leaves the number of entries as it was, which the kernel would let us overwrite."""
+    netns.run("iptables-legacy-restore", "-c", stdin=FOREIGN)
+    netns.run("iptables-legacy", "-t", "nat", "-P", "OUTPUT", "DROP", check=False)
+    steps = BACKEND.encode(BACKEND.read(kernel), plan())
+    before = netns.run("iptables-legacy-save", "-t", "nat").splitlines()[1:-1]
+    netns.run("iptables-legacy", "-t", "nat", *change)
+    changed = netns.run("iptables-legacy-save", "-t", "nat").splitlines()[1:-1]
+    if changed == before:
+        pytest.skip("this iptables changes nothing by it")
+    with pytest.raises(GenerationChanged):
+        BACKEND.commit(kernel, steps[0])
+    assert netns.run("iptables-legacy-save", "-t", "nat").splitlines()[1:-1] == changed
+
+
+def test_a_table_that_somebody_else_created_meanwhile_is_noticed(netns: Netns, kernel: Namespace) -> None:
+    steps = BACKEND.encode(BACKEND.read(kernel), plan())
+    netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-j", "RETURN")
+    with pytest.raises(GenerationChanged):
+        BACKEND.commit(kernel, steps[0])
+
+
+def test_a_foreign_jump_to_our_chain_is_a_conflict_that_names_it(netns: Netns, kernel: Namespace) -> None:
+    apply(kernel, plan())
+    netns.run("iptables-legacy", "-t", "nat", "-N", "THEIRS")
+    netns.run("iptables-legacy", "-t", "nat", "-A", "THEIRS", "-j", "NETAPPLY_OUTPUT")
+    snapshot = BACKEND.read(kernel)
+    assert BACKEND.encode(snapshot, plan()) == ()
+    with pytest.raises(ConflictError, match="THEIRS.*NETAPPLY_OUTPUT"):
+        BACKEND.encode(snapshot, None)
+
+
+def test_a_foreign_rule_put_before_our_head_is_drift(netns: Netns, kernel: Namespace) -> None:
+    apply(kernel, plan())
+    netns.run("iptables-legacy", "-t", "nat", "-I", "OUTPUT", "-j", "RETURN")
+    assert apply(kernel, plan()) == ("replace table ip nat",)
+    outputs = [line for line in saved(netns).splitlines() if "-A OUTPUT" in line]
+    assert [("NETAPPLY" in line) for line in outputs] == [True, False]
+
+
+def test_a_rule_of_ours_that_cannot_be_read_is_replaced(netns: Netns, kernel: Namespace) -> None:
+    apply(kernel, plan())
+    netns.run(
+        "iptables-legacy", "-t", "nat", "-I", "NETAPPLY_OUTPUT", "-m", "statistic", "--mode", "nth", "--every", "2"
+    )
+    snapshot = BACKEND.read(kernel)
+    with pytest.raises(DecodeError, match="NETAPPLY_OUTPUT"):
+        _ = snapshot.ruleset
+    apply(kernel, plan())
+    assert BACKEND.read(kernel).ruleset == plan()
+
+
+def test_direct_rules_are_known_by_equality(netns: Netns, kernel: Namespace) -> None:
+    """A rule straight in a built-in chain is ours only where the state says so."""
+    rule = Rule((TCP, PortMatch("dst", (PortRange(80, 80),))), Redirect(15001))
+    desired = Ruleset((Table("ip", "nat", (Chain("OUTPUT", base=Base("nat", "output", -100), head=(rule,)),)),))
+    owned = Owned(direct=(("ip", "nat", "OUTPUT", rule),))
+    netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-j", "RETURN")
+    before = saved(netns)
+    apply(kernel, desired, owned)
+    assert BACKEND.read(kernel, owned).ruleset == desired
+    assert BACKEND.detect(kernel, owned)
+    assert BACKEND.read(kernel).ruleset is None
+    assert not BACKEND.detect(kernel)
+    apply(kernel, None, owned)
+    assert saved(netns) == before
+
+
+def test_chains_in_another_order_are_the_same(netns: Netns, kernel: Namespace) -> None:
+    """iptables sorts them by name whenever it writes."""
+    own = [Chain(name, (Rule((), Return()),)) for name in ("NETAPPLY_B", "NETAPPLY_A")]
+    jumps = tuple(Rule((), Jump(chain.name)) for chain in own)
+    base = Chain("OUTPUT", base=Base("filter", "output", 0), head=jumps)
+    desired = Ruleset((Table("ip", "filter", (base, *own)),))
+    apply(kernel, desired)
+    netns.run("iptables-legacy", "-A", "INPUT", "-j", "ACCEPT")
+    assert apply(kernel, desired) == ()
+
+
+def test_steps_come_in_the_order_of_switching_on_and_off(kernel: Namespace) -> None:
+    block = NamedSet("netapply-4-0123456789", "ip", (Cidr(b"\1\2\3\4", 32),))
+    listed = Rule((SetMatch("dst", block.name),), Return())
+
+    def table(family: str, name: str, kind: str) -> Table:
+        rules = (listed,) if family == "ip" else (Rule((), Return()),)
+        priority = {"raw": -300, "mangle": -150, "nat": -100}[name]
+        base = Chain("OUTPUT", base=Base(kind, "output", priority), head=(Rule((), Jump("NETAPPLY_X")),))
+        return Table(family, name, (base, Chain("NETAPPLY_X", rules)))
+
+    desired = Ruleset(
+        (
+            table("ip", "nat", "nat"),
+            table("ip6", "nat", "nat"),
+            table("ip", "mangle", "route"),
+            table("ip", "raw", "filter"),
+        ),
+        (block,),
+    )
+    assert apply(kernel, desired) == (
+        "create set netapply-4-0123456789",
+        "replace table ip raw",
+        "replace table ip mangle",
+        "replace table ip nat",
+        "replace table ip6 nat",
+    )
+    found = BACKEND.read(kernel).ruleset
+    assert found is not None
+    assert sorted(found.tables) == sorted(desired.tables)
+    assert found.sets == desired.sets
+    assert apply(kernel, None) == (
+        "replace table ip nat",
+        "replace table ip6 nat",
+        "replace table ip mangle",
+        "replace table ip raw",
+        "destroy set netapply-4-0123456789",
+    )
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        Table("inet", "netapply", ()),
+        Table("ip", "security", ()),
+        Table("ip", "nat", (Chain("FORWARD", base=Base("nat", "forward", 0), head=(Rule((), Return()),)),)),
+        Table("ip", "nat", (Chain("NETAPPLY_X", (Rule((), Jump("NETAPPLY_Y")),)),)),
+        Table("ip", "nat", (Chain("NETAPPLY_" + "X" * 20),)),
+    ],
+)
+def test_what_iptables_cannot_express_is_refused_before_anything_is_touched(kernel: Namespace, table: Table) -> None:
+    with pytest.raises(UnsupportedError):
+        BACKEND.encode(BACKEND.read(kernel), Ruleset((table,)))
+
+
+def test_what_the_kernel_refuses_leaves_the_table_as_it_was(netns: Netns, kernel: Namespace) -> None:
+    """xt_owner does not work in PREROUTING."""
+    apply(kernel, plan())
+    before = saved(netns)
+    chain = Chain("NETAPPLY_IN", (Rule((OwnerMatch("uid", 1, 1),), Accept()),))
+    base = Chain("PREROUTING", base=Base("nat", "prerouting", -100), head=(Rule((), Jump("NETAPPLY_IN")),))
+    steps = BACKEND.encode(BACKEND.read(kernel), Ruleset((Table("ip", "nat", (base, chain)),)))
+    with pytest.raises(KernelError, match="replace table ip nat: EINVAL"):
+        BACKEND.commit(kernel, steps[0])
+    assert saved(netns) == before
+
+
+def test_a_chain_of_ours_that_stands_as_somebody_elses_is_a_conflict(netns: Netns, kernel: Namespace) -> None:
+    netns.run("iptables-legacy", "-t", "nat", "-N", "MESH")
+    desired = Ruleset((Table("ip", "nat", (Chain("MESH", (Rule((), Return()),)),)),))
+    with pytest.raises(ConflictError, match="MESH"):
+        BACKEND.encode(BACKEND.read(kernel), desired)
+
+
+def test_roll_back_to_what_was_read_restores_it(netns: Netns, kernel: Namespace) -> None:
+    netns.run("iptables-legacy-restore", "-c", stdin=FOREIGN)
+    apply(kernel, plan(15001, "last"))
+    before, text = BACKEND.read(kernel).ruleset, saved(netns)
+    apply(kernel, Ruleset((Table("ip", "filter", (Chain("NETAPPLY_X", (Rule((), Drop()),)),)),)))
+    apply(kernel, before)
+    assert saved(netns) == text
+
+
+def test_ten_thousand_rules_are_one_step(kernel: Namespace) -> None:
+    rules = tuple(
+        Rule((AddressMatch("dst", Cidr(bytes([10, number >> 8, number & 255, 0]), 24)),), Return())
+        for number in range(10000)
+    )
+    jump = Chain("OUTPUT", base=Base("nat", "output", -100), head=(Rule((), Jump("NETAPPLY_OUTPUT")),))
+    desired = Ruleset((Table("ip", "nat", (jump, Chain("NETAPPLY_OUTPUT", rules))),))
+    assert apply(kernel, desired) == ("replace table ip nat",)
+    assert BACKEND.read(kernel).ruleset == desired
+
+
+def test_a_table_in_a_strange_shape_is_refused(kernel: Namespace, make_netns: Callable[..., Netns]) -> None:
+    """Bytes are never trusted: a truncated or twisted table is a DecodeError, not another exception."""
+    from netapply_iptables_legacy.entries import parse
+
+    apply(kernel, plan())
+    table = read_table(kernel, "ip", "nat")
+    for at in range(0, len(table.data), 7):
+        twisted = bytearray(table.data)
+        twisted[at] ^= 0xFF
+        for data in (bytes(twisted), table.data[:at]):
+            try:
+                parse("ip", table.info, data)
+            except DecodeError:
+                continue
