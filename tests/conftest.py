@@ -19,6 +19,16 @@ def private_xtables_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         yield path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def private_state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The journal of a test is nobody else's."""
+    path = tmp_path_factory.mktemp("state", numbered=True)
+    path.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NETAPPLY_STATE_DIR", str(path))
+        yield str(path)
+
+
 @pytest.fixture(scope="session")
 def _swept() -> None:
     namespaces.sweep()

@@ -93,11 +93,11 @@ def header_matches(draw: st.DrawFn, family: Family, hook: str) -> list[Match]:
     """Interface, addresses and protocol: at most one of each."""
     found: list[Match] = []
     if draw(st.booleans()):
-        found.append(IfaceMatch("in" if hook == "PREROUTING" else "out", draw(st.sampled_from(NAMES)), draw(st.booleans())))
-    for side in ("src", "dst"):
-        if draw(st.integers(0, 3)) == 0:
-            found.append(AddressMatch(side, draw(cidrs(family)), draw(st.booleans())))
-    return found
+        found.append(
+            IfaceMatch("in" if hook == "PREROUTING" else "out", draw(st.sampled_from(NAMES)), draw(st.booleans()))
+        )
+    sides = [side for side in ("src", "dst") if draw(st.integers(0, 3)) == 0]
+    return [*found, *(AddressMatch(side, draw(cidrs(family)), draw(st.booleans())) for side in sides)]
 
 
 @st.composite
@@ -128,7 +128,9 @@ def other_matches(draw: st.DrawFn, hook: str, table: str, protocol: int, sets: S
 def statements(table: str, hook: str, family: Family, protocol: int) -> st.SearchStrategy[Statement]:
     """What may stand in this table, for this protocol."""
     marks = st.builds(SetMark, words, words) | st.builds(SetConnmark, words, words)
-    found = st.sampled_from([Return(), Accept()]) | st.builds(Log, st.text("abc \"'", max_size=28).map(lambda t: t + " "))
+    found = st.sampled_from([Return(), Accept()]) | st.builds(
+        Log, st.text("abc \"'", max_size=28).map(lambda t: t + " ")
+    )
     if table == "nat" and protocol in (6, 17):
         address = st.integers(1, (1 << 8 * SIZE[family]) - 1).map(lambda n: n.to_bytes(SIZE[family]))
         found |= st.builds(Redirect, st.integers(1, 65535)) | st.builds(Dnat, address, st.integers(1, 65535))
@@ -147,7 +149,9 @@ comments = st.just("") | st.text("abcXYZ019 .-_\"'", min_size=1, max_size=100)
 
 
 @st.composite
-def rules(draw: st.DrawFn, family: Family, table: str, hook: str, sets: Sequence[NamedSet], jumps: Sequence[str]) -> Rule:
+def rules(
+    draw: st.DrawFn, family: Family, table: str, hook: str, sets: Sequence[NamedSet], jumps: Sequence[str]
+) -> Rule:
     protocol = draw(st.sampled_from([0, 6, 17, 1]))
     header = draw(header_matches(family, hook)) + ([ProtocolMatch(protocol)] if protocol else [])
     others = draw(other_matches(hook, table, protocol, sets))

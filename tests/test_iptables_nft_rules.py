@@ -25,7 +25,7 @@ from netapply.ruleset import (
     Ruleset,
 )
 from netapply_iptables_nft import BACKEND
-from netapply_iptables_nft.decode import split_state
+from netapply_iptables_nft.decode import without_state
 from netapply_iptables_nft.encode import encode_rule
 from netapply_iptables_nft.tables import read_tables
 from tests import netns as namespaces
@@ -34,7 +34,9 @@ from tests.netns import Netns
 
 SAVE: dict[Family, str] = {"ip": "iptables-nft-save", "ip6": "ip6tables-nft-save"}
 RESTORE: dict[Family, str] = {"ip": "iptables-nft-restore", "ip6": "ip6tables-nft-restore"}
-LIVE = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+LIVE = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 def opened() -> Iterator[tuple[Netns, Namespace]]:
@@ -83,7 +85,7 @@ def section(text: str, family: Family) -> str:
 def expressions_in(kernel: Namespace) -> dict[tuple[object, str], list[bytes]]:
     """The bytes of all rules, counters apart, by table and chain."""
     return {
-        (key, name): [split_state(rule.expressions)[0] for rule in chain.rules]
+        (key, name): [without_state(rule.expressions) for rule in chain.rules]
         for key, table in read_tables(kernel).items()
         for name, chain in table.chains.items()
         if chain.rules
@@ -102,7 +104,7 @@ def test_what_is_applied_is_read_back(worn: tuple[Netns, Namespace], ruleset: Ru
     assert after.foreign == ()
 
 
-@settings(LIVE, max_examples=15)
+@settings(LIVE, max_examples=25)
 @given(rulesets())
 def test_iptables_nft_save_prints_what_we_render(shared: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
     """The stock tool sees the same rules, in the same order, in every chain; restoring its save changes nothing."""
@@ -115,7 +117,7 @@ def test_iptables_nft_save_prints_what_we_render(shared: tuple[Netns, Namespace]
         assert by_chain(netns.run(SAVE[family])) == by_chain(saved)
 
 
-@settings(LIVE, max_examples=15)
+@settings(LIVE, max_examples=25)
 @given(rulesets())
 def test_what_iptables_nft_restores_is_ours_still(shared: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
     """Native ports and marks, as iptables 1.8.8 and later write them on a restore, mean what our xt matches meant."""
@@ -133,7 +135,7 @@ def rules_of(ruleset: Ruleset | None) -> dict[tuple[str, str, str, int], Rule]:
 
 
 def is_written_alike(rule: Rule) -> bool:
-    """Not what iptables 1.8.9 writes as native expressions, where 1.8.7 and we have xt matches; nor a limit per second."""
+    """Neither what iptables 1.8.9 writes as a native expression, unlike 1.8.7 and us, nor a limit per second."""
     return not any(
         isinstance(match, MarkMatch)
         or (isinstance(match, PortMatch) and len(match.ranges) == 1)
@@ -142,7 +144,7 @@ def is_written_alike(rule: Rule) -> bool:
     )
 
 
-@settings(LIVE, max_examples=15)
+@settings(LIVE, max_examples=25)
 @given(rulesets())
 def test_bytes_are_those_of_iptables(shared: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
     """Where iptables 1.8.9 writes xt matches too, the kernel holds the same bytes for its rules as for ours."""
@@ -166,7 +168,7 @@ def test_bytes_are_those_of_iptables(shared: tuple[Netns, Namespace], ruleset: R
     assert expressions_in(kernel) == ours
 
 
-@settings(LIVE, max_examples=3)
+@settings(LIVE, max_examples=8)
 @given(rulesets())
 def test_iptables_nft_finds_every_rule(shared: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
     """`iptables-nft -C` succeeds for each rule as we render it."""

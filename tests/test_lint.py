@@ -96,7 +96,7 @@ CASES = {
         ("inbound: {ports: {include: [80-90], exclude: [85, 443]}}", ["inbound.ports.exclude"]),
         ("inbound: {ports: {exclude: [15008]}}", ["inbound.ports.exclude"]),
         ("inbound: {ports: {include: [15008]}}", ["inbound.ports.include"]),
-        ("inbound: {ports: {include: [80-90], exclude: [85]}}", []),
+        ("inbound: {ports: {include: [80-90], exclude: [85, 89-99]}}", []),
     ],
     "inbound_unused": [
         ("inbound: {mode: none, ports: {exclude: [80]}}", ["inbound.ports.exclude"]),

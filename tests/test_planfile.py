@@ -355,6 +355,10 @@ def test_blocks_are_sorted_and_those_inside_others_dropped_and_noted():
     assert loaded.redundant[0].value == "'10.1.0.0/16'"
 
 
+def test_a_block_that_ends_where_another_ends_lies_in_it():
+    assert collapse(blocks("10.0.0.255", "10.0.0.0/24", "10.0.1.0", "10.0.1.0")) == blocks("10.0.0.0/24", "10.0.1.0")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -501,6 +505,8 @@ def test_what_is_merely_unusual_loads(text: str):
 def test_a_field_with_a_fault_of_its_own_contradicts_nothing():
     assert set(faults(HEAD + "proxy: {outbound_port: none, inbound_port: 15001}")) == {"proxy.outbound_port"}
     assert set(faults(HEAD + "outbound: 5\nproxy: {uids: [], gids: []}")) == {"outbound"}
+    nobody = "outbound: {owners: {exclude: {uids: [nobody-here]}}}"
+    assert set(faults(HEAD + "proxy: {uids: [], gids: []}\n" + nobody)) == {"outbound.owners.exclude.uids[0]"}
 
 
 # --- fingerprints and spans ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from struct import Struct
+from sys import byteorder
 from typing import Literal, NamedTuple, TypeAlias
 
 from netapply.errors import DecodeError
@@ -80,10 +81,9 @@ _PAYLOAD: dict[tuple[Family, int, int], Field] = {
 _FIELD_SIZE: dict[Field, int] = {"protocol": 1, "sport": 2, "dport": 2, "mark": 4}
 _VERDICTS: dict[int, Statement] = {NFT_RETURN: Return(), NF_ACCEPT: Accept(), NF_DROP: Drop()}
 
-_NLA = Struct("=HH")
 _MARK = Struct("=I")
-#: Expressions whose data the packets change, and what is kept of them: their names.
-_STATEFUL = {name.encode() + b"\0": expression(name) for name in ("counter", "quota", "last")}
+#: Expressions whose data the packets change; their names are kept.
+_STATEFUL = (b"counter\0", b"quota\0", b"last\0")
 
 
 class Load(NamedTuple):
@@ -94,28 +94,37 @@ class Load(NamedTuple):
     mask: bytes = b""
 
 
-def split_state(expressions: bytes) -> tuple[bytes, tuple[int, int]]:
-    """A dumped rule without what packets change in it, and its (packets, bytes).
+def without_state(expressions: bytes) -> bytes:
+    """A dumped rule without what packets change in it. Raises DecodeError.
 
-    Equal bytes then mean an unchanged rule; that is also what makes decoding worth caching. Raises DecodeError.
+    Equal bytes then mean an unchanged rule; that is also what makes decoding worth caching.
     """
     kept: list[bytes] = []
-    counters, start, offset, end = (0, 0), 0, 0, len(expressions)
+    start = offset = 0
+    end = len(expressions)
     while offset < end:
-        size, _ = _NLA.unpack_from(expressions, offset)
-        after = offset + ((size + 3) & ~3)
-        if size < 8 or after > end:
-            raise DecodeError(f"an expression of {size} bytes does not fit in the {end - offset} that are there")
-        name_size, _ = _NLA.unpack_from(expressions, offset + 4)
-        name = expressions[offset + 8 : offset + 4 + name_size]
-        if name in _STATEFUL:
-            if name == b"counter\0":
-                found = parse_expressions(expressions[offset:after])[0]
-                counters = (found.number(2), found.number(1))
-            kept += (expressions[start:offset], _STATEFUL[name])
+        after = _element_end(expressions, offset)
+        if expressions.startswith(_STATEFUL, offset + 8):  # behind the headers of the element and of its name
+            name = expressions[offset + 8 : expressions.index(0, offset + 8)].decode()
+            kept += (expressions[start:offset], expression(name))
             start = after
         offset = after
-    return b"".join((*kept, expressions[start:])), counters
+    return b"".join((*kept, expressions[start:]))
+
+
+def counters_of(expressions: bytes) -> tuple[int, int]:
+    """The (packets, bytes) that a dumped rule has counted. Raises DecodeError."""
+    found = next((each for each in parse_expressions(expressions) if each.name == "counter"), None)
+    return (found.number(2), found.number(1)) if found else (0, 0)
+
+
+def _element_end(expressions: bytes, offset: int) -> int:
+    size = int.from_bytes(expressions[offset : offset + 2], byteorder)
+    after = offset + (size + 3 & ~3)
+    if size < 8 or after > len(expressions):
+        left = len(expressions) - offset
+        raise DecodeError(f"an expression of {size} bytes does not fit in the {left} that are there")
+    return after
 
 
 def jump_target(expressions: bytes) -> str | None:
@@ -128,7 +137,7 @@ def jump_target(expressions: bytes) -> str | None:
 
 @lru_cache(maxsize=16384)
 def decode_rule(stateless: bytes, family: Family, sets: SetNames = ()) -> Rule:
-    """The rule that `split_state` left. Pure. Raises DecodeError for one that is not of our making."""
+    """The rule that `without_state` left. Pure. Raises DecodeError for one that is not of our making."""
     reader = _Reader(family, dict(sets))
     for each in parse_expressions(stateless):
         reader.read(each)

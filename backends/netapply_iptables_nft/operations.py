@@ -61,64 +61,61 @@ class TableOperations:
     """Spells what can be done to one table and what is in it."""
 
     def __init__(self, key: TableKey) -> None:
-        self._family, self._table = key
-        self._nfproto = NFPROTO[self._family]
-        self._chain_table = string(NFTA_CHAIN_TABLE, self._table)
-        self._rule_table = string(NFTA_RULE_TABLE, self._table)
-
-    def _change(self, command: int, flags: int, label: str, body: bytes, sets: tuple[SetReference, ...] = ()) -> Change:
-        verb, _, rest = label.partition(" ")
-        kind, _, rest = rest.partition(" ")
-        named = f"{verb} {kind} {self._family} {self._table} {rest}".rstrip()
-        return Change(Operation(command, self._nfproto, body, flags, named), sets)
+        family, table = key
+        self._family = family
+        self._nfproto = NFPROTO[family]
+        self._where = f"{family} {table}"
+        self._table = string(NFTA_TABLE_NAME, table)
+        self._chain_table = string(NFTA_CHAIN_TABLE, table)
+        self._rule_table = string(NFTA_RULE_TABLE, table)
 
     def add_table(self) -> Change:
         """Marked as made by us, so that clean can tell."""
-        return self._change(
-            NFT_MSG_NEWTABLE, NLM_F_CREATE, "add table", string(NFTA_TABLE_NAME, self._table) + _OUR_TABLE
-        )
+        return self._change(NFT_MSG_NEWTABLE, NLM_F_CREATE, f"add table {self._where}", self._table + _OUR_TABLE)
 
     def delete_table(self) -> Change:
-        return self._change(NFT_MSG_DELTABLE, NLM_F_NONREC, "delete table", string(NFTA_TABLE_NAME, self._table))
+        return self._change(NFT_MSG_DELTABLE, NLM_F_NONREC, f"delete table {self._where}", self._table)
 
     def add_chain(self, name: str) -> Change:
         """A regular chain."""
         body = self._chain_table + string(NFTA_CHAIN_NAME, name)
-        return self._change(NFT_MSG_NEWCHAIN, NLM_F_CREATE, f"add chain {name}", body)
+        return self._change(NFT_MSG_NEWCHAIN, NLM_F_CREATE, f"add chain {self._where} {name}", body)
 
     def add_base_chain(self, name: str, base: Base) -> Change:
         """A built-in chain with policy accept, marked as made by us."""
         hook = u32(NFTA_HOOK_HOOKNUM, HOOKS[base.hook]), u32(NFTA_HOOK_PRIORITY, base.priority)
-        where = nested(NFTA_CHAIN_HOOK, *hook) + _ACCEPT + string(NFTA_CHAIN_TYPE, base.type)
-        body = self._chain_table + string(NFTA_CHAIN_NAME, name) + where + _OUR_CHAIN
-        return self._change(NFT_MSG_NEWCHAIN, NLM_F_CREATE, f"add chain {name}", body)
+        called = nested(NFTA_CHAIN_HOOK, *hook) + _ACCEPT + string(NFTA_CHAIN_TYPE, base.type)
+        body = self._chain_table + string(NFTA_CHAIN_NAME, name) + called + _OUR_CHAIN
+        return self._change(NFT_MSG_NEWCHAIN, NLM_F_CREATE, f"add chain {self._where} {name}", body)
 
     def delete_chain(self, name: str) -> Change:
         body = self._chain_table + string(NFTA_CHAIN_NAME, name)
-        return self._change(NFT_MSG_DELCHAIN, NLM_F_NONREC, f"delete chain {name}", body)
+        return self._change(NFT_MSG_DELCHAIN, NLM_F_NONREC, f"delete chain {self._where} {name}", body)
 
     def flush(self, chain: str) -> Change:
         """Delete all rules of a chain."""
-        return self._change(
-            NFT_MSG_DELRULE, 0, f"flush chain {chain}", self._rule_table + string(NFTA_RULE_CHAIN, chain)
-        )
+        body = self._rule_table + string(NFTA_RULE_CHAIN, chain)
+        return self._change(NFT_MSG_DELRULE, 0, f"flush chain {self._where} {chain}", body)
 
     def delete_rule(self, chain: str, handle: int) -> Change:
         body = self._rule_table + string(NFTA_RULE_CHAIN, chain) + u64(NFTA_RULE_HANDLE, handle)
-        return self._change(NFT_MSG_DELRULE, 0, f"delete rule {chain} handle {handle}", body)
+        return self._change(NFT_MSG_DELRULE, 0, f"delete rule {self._where} {chain} handle {handle}", body)
 
     def append(self, chain: str, number: int, rule: Rule, *, at_the_end: bool = False) -> Change:
         """`number` counts from 1 in our part of the chain; `at_the_end` marks a rule of a built-in chain."""
-        label = f"add rule {chain} #{number}"
+        label = f"add rule {self._where} {chain} #{number}"
         return self._rule(label, NLM_F_CREATE | NLM_F_APPEND, chain, rule, _AT_THE_END if at_the_end else b"")
 
     def insert(self, chain: str, number: int, rule: Rule) -> Change:
         """Before all other rules of the chain."""
-        return self._rule(f"insert rule {chain} #{number}", NLM_F_CREATE, chain, rule, b"")
+        return self._rule(f"insert rule {self._where} {chain} #{number}", NLM_F_CREATE, chain, rule, b"")
 
     def _rule(self, label: str, flags: int, chain: str, rule: Rule, userdata: bytes) -> Change:
         where = self._rule_table + string(NFTA_RULE_CHAIN, chain)
         attributes, sets = encode_rule(rule, self._family)
         if sets:
             sets = tuple(SetReference(offset + len(where), name) for offset, name in sets)
-        return self._change(NFT_MSG_NEWRULE, flags, label, where + attributes + userdata, sets)
+        return Change(Operation(NFT_MSG_NEWRULE, self._nfproto, where + attributes + userdata, flags, label), sets)
+
+    def _change(self, command: int, flags: int, label: str, body: bytes) -> Change:
+        return Change(Operation(command, self._nfproto, body, flags, label))

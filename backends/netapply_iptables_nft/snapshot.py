@@ -10,7 +10,7 @@ from netapply.backend import OURS, Counters, Owned
 from netapply.errors import DecodeError
 from netapply.ruleset import Chain, Jump, Rule, Ruleset, Table
 from netapply_iptables_nft.builtin import BUILT_IN, TABLES
-from netapply_iptables_nft.decode import SetNames, decode_rule, jump_target, split_state
+from netapply_iptables_nft.decode import SetNames, counters_of, decode_rule, jump_target, without_state
 from netapply_iptables_nft.tables import AT_THE_END, ChainState, RuleState, TableKey, TableState
 from netapply_wire.ipset import Listed
 
@@ -20,7 +20,7 @@ class OurRule(NamedTuple):
 
     handle: int
     rule: Rule | None
-    counters: tuple[int, int]
+    expressions: bytes
 
 
 Rules: TypeAlias = tuple[OurRule, ...]
@@ -81,7 +81,7 @@ class Snapshot:
     def counters(self) -> Counters:
         """Packets and bytes of each of our rules."""
         return {
-            (*key, chain, index): rule.counters
+            (*key, chain, index): counters_of(rule.expressions)
             for key, view in self.views.items()
             for chain, rules in _all_rules(view)
             for index, rule in enumerate(rules)
@@ -137,12 +137,11 @@ def _tell_rules_apart(snapshot: Snapshot, key: TableKey, chain: ChainState) -> t
 
 
 def _our_rule(snapshot: Snapshot, key: TableKey, state: RuleState) -> OurRule:
-    stateless, counters = split_state(state.expressions)
     try:
-        rule = decode_rule(stateless, key[0], snapshot.names)
+        rule = decode_rule(without_state(state.expressions), key[0], snapshot.names)
     except DecodeError:
         rule = None
-    return OurRule(state.handle, rule, counters)
+    return OurRule(state.handle, rule, state.expressions)
 
 
 def _chains(key: TableKey, view: View) -> Iterator[Chain]:
@@ -160,5 +159,5 @@ def _foreign(view: View) -> Iterator[object]:
     for name, rules in view.foreign.items():
         chain = view.state.chains[name]
         if rules or chain.altered or not chain.ours:
-            bytes_of = tuple((split_state(each.expressions)[0], each.userdata) for each in rules)
+            bytes_of = tuple((without_state(each.expressions), each.userdata) for each in rules)
             yield name, not chain.ours, chain.base, chain.policy, bytes_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -42,36 +41,41 @@ from netapply_wire import expressions as nft
 from netapply_wire.expressions import Expression
 from netapply_wire.nfnetlink import NFPROTO, number, text
 
-#: Contents of the anonymous sets of a table, by the names that the kernel gave them.
-PortSets = Mapping[str, tuple[PortRange, ...]]
+#: Contents of the anonymous sets that a rule may look up, with the names that the kernel gave them.
+PortSets = tuple[tuple[str, tuple[PortRange, ...]], ...]
+#: How the kernel names anonymous sets.
+ANONYMOUS_SET = b"__set"
 
 _FAMILIES: dict[int, Family] = {NFPROTO[family]: family for family in ADDRESS_LENGTHS}
 _DIRECTIONS: dict[int, Literal["in", "out"]] = {nft.NFT_META_IIFNAME: "in", nft.NFT_META_OIFNAME: "out"}
 _OWNERS: dict[int, Literal["uid", "gid"]] = {nft.NFT_META_SKUID: "uid", nft.NFT_META_SKGID: "gid"}
 _SIDES: dict[tuple[Family, int], Side] = {("ip", 12): "src", ("ip", 16): "dst", ("ip6", 8): "src", ("ip6", 24): "dst"}
+_ALL_STATES = sum(STATE_BITS.values())
 _PORT_SIDES: dict[int, Side] = {0: "src", 2: "dst"}
 
 
-def decode_rule(expressions: Sequence[Expression], userdata: bytes, port_sets: PortSets) -> Rule:
-    """The rule that these expressions spell. Raises DecodeError."""
+def decode_rule(dumped: bytes, userdata: bytes, port_sets: PortSets) -> Rule:
+    """The rule of a dumped NFTA_RULE_EXPRESSIONS and NFTA_RULE_USERDATA, whatever it counted. Raises DecodeError."""
+    expressions = nft.parse_expressions(dumped)
     data = nft.parse_userdata(userdata)
     names = [item.name for item in expressions]
     if "counter" not in names:
         raise DecodeError("the rule has no counter")
     at = names.index("counter")
-    matches, family = _decode_matches(expressions[:at], data.get(UDATA_CGROUP_PATH, ""), port_sets)
+    matches, family = _decode_matches(expressions[:at], data.get(UDATA_CGROUP_PATH, ""), dict(port_sets))
     statement = decode_statement(expressions[at + 1 :], family)
     return Rule(matches, statement, family, data.get(nft.NFTNL_UDATA_RULE_COMMENT, ""))
 
 
-def is_fallback(expressions: Sequence[Expression], userdata: bytes, port_sets: PortSets, of: Rule) -> bool:
-    """Whether these expressions are the second half of the TProxy rule `of`: its matches again, no counter, drop."""
-    if not isinstance(of.statement, TProxy) or any(item.name == "counter" for item in expressions):
+def is_fallback(dumped: bytes, userdata: bytes, port_sets: PortSets, of: Rule) -> bool:
+    """Whether this is the second half of the TProxy rule `of`: its matches again, no counter, drop."""
+    if not isinstance(of.statement, TProxy):
         return False
     data = nft.parse_userdata(userdata)
     try:
+        expressions = nft.parse_expressions(dumped)
         statement = decode_statement(expressions[-1:], of.family)
-        matches, family = _decode_matches(expressions[:-1], data.get(UDATA_CGROUP_PATH, ""), port_sets)
+        matches, family = _decode_matches(expressions[:-1], data.get(UDATA_CGROUP_PATH, ""), dict(port_sets))
     except DecodeError:
         return False
     comment = data.get(nft.NFTNL_UDATA_RULE_COMMENT, "")
@@ -82,7 +86,7 @@ def is_fallback(expressions: Sequence[Expression], userdata: bytes, port_sets: P
 
 
 def _decode_matches(
-    expressions: Sequence[Expression], cgroup: str, port_sets: PortSets
+    expressions: Sequence[Expression], cgroup: str, port_sets: Mapping[str, tuple[PortRange, ...]]
 ) -> tuple[tuple[Match, ...], Family | None]:
     matches: list[Match] = []
     family: Family | None = None
@@ -105,40 +109,38 @@ def _decode_matches(
 
 def _decode_guard(term: Term) -> Family:
     family = _FAMILIES.get(number(term.first))
-    if family is None or term.test != "cmp" or term.negate:
+    if family is None or term.mask is not None or term.test != "cmp" or term.negate:
         raise DecodeError("a rule for a family that is not ip or ip6")
     return family
 
 
-def _decode_match(term: Term, family: Family | None, cgroup: str, port_sets: PortSets) -> Match:
+def _decode_match(
+    term: Term, family: Family | None, cgroup: str, port_sets: Mapping[str, tuple[PortRange, ...]]
+) -> Match:
+    value = host_number(term.first)
+    mask = ALL_BITS if term.mask is None else host_number(term.mask)
+    plain = term.mask is None and term.test == "cmp"
     match term.source, term.key:
         case "payload", nft.NFT_PAYLOAD_NETWORK_HEADER:
             return _decode_address(term, family)
-        case "payload", nft.NFT_PAYLOAD_TRANSPORT_HEADER:
+        case "payload", nft.NFT_PAYLOAD_TRANSPORT_HEADER if term.mask is None:
             return _decode_port(term, port_sets)
-        case "meta", nft.NFT_META_L4PROTO if term.test == "cmp" and not term.negate:
+        case "meta", nft.NFT_META_L4PROTO if plain and not term.negate:
             return ProtocolMatch(number(term.first))
-        case "meta", nft.NFT_META_IIFNAME | nft.NFT_META_OIFNAME if term.test == "cmp":
+        case "meta", nft.NFT_META_IIFNAME | nft.NFT_META_OIFNAME if plain:
             return _decode_iface(term)
-        case "meta", nft.NFT_META_SKUID | nft.NFT_META_SKGID if term.test != "lookup":
-            order: Literal["little", "big"] = sys.byteorder if term.test == "cmp" else "big"
-            first, last = int.from_bytes(term.first, order), int.from_bytes(term.last, order)
-            return OwnerMatch(_OWNERS[term.key], first, last, term.negate)
+        case "meta", nft.NFT_META_SKUID | nft.NFT_META_SKGID if plain:
+            return OwnerMatch(_OWNERS[term.key], value, value, term.negate)
+        case "meta", nft.NFT_META_SKUID | nft.NFT_META_SKGID if term.mask is None and term.test == "range":
+            return OwnerMatch(_OWNERS[term.key], number(term.first), number(term.last), term.negate)
         case "meta", nft.NFT_META_MARK if term.test == "cmp":
-            return MarkMatch(
-                host_number(term.first), ALL_BITS if term.mask is None else host_number(term.mask), term.negate
-            )
+            return MarkMatch(value, mask, term.negate)
         case "ct", nft.NFT_CT_MARK if term.test == "cmp":
-            return ConnmarkMatch(
-                host_number(term.first), ALL_BITS if term.mask is None else host_number(term.mask), term.negate
-            )
-        case "ct", nft.NFT_CT_STATE if term.mask is not None and term.negate and not any(term.first):
-            bits = host_number(term.mask)
-            return StateMatch(tuple(sorted(state for state, bit in STATE_BITS.items() if bits & bit)))
-        case "socket", nft.NFT_SOCKET_CGROUPV2 if (
-            term.test == "cmp" and term.offset == cgroup.count("/") + 1 and cgroup
-        ):
-            return CgroupMatch(cgroup, host_number(term.first), term.negate)
+            return ConnmarkMatch(value, mask, term.negate)
+        case "ct", nft.NFT_CT_STATE if (term.test, term.negate, value) == ("cmp", True, 0) and 0 < mask <= _ALL_STATES:
+            return StateMatch(tuple(sorted(state for state, bit in STATE_BITS.items() if mask & bit)))
+        case "socket", nft.NFT_SOCKET_CGROUPV2 if plain and cgroup and term.offset == cgroup.count("/") + 1:
+            return CgroupMatch(cgroup, value, term.negate)
         case _:
             raise DecodeError(f"a match of {term.source} {term.key} that netapply does not make")
 
@@ -158,9 +160,11 @@ def _decode_address(term: Term, family: Family | None) -> AddressMatch | SetMatc
         raise DecodeError("a match of a network header's field that is no address")
     full = ADDRESS_LENGTHS[family]
     if term.test == "lookup":
+        if term.mask is not None or term.width != full:
+            raise DecodeError("a look-up of part of an address")
         return SetMatch(side, term.set, term.negate)
     prefix = term.width * 8
-    if term.mask is not None:
+    if term.mask is not None and term.width == full:
         mask = number(term.mask)
         prefix = mask.bit_count()
         if mask != ((1 << prefix) - 1) << (full * 8 - prefix):
@@ -168,9 +172,9 @@ def _decode_address(term: Term, family: Family | None) -> AddressMatch | SetMatc
     return AddressMatch(side, Cidr(term.first.ljust(full, b"\0"), prefix), term.negate)
 
 
-def _decode_port(term: Term, port_sets: PortSets) -> PortMatch:
+def _decode_port(term: Term, port_sets: Mapping[str, tuple[PortRange, ...]]) -> PortMatch:
     side = _PORT_SIDES.get(term.offset)
-    if side is None or term.width != 2 or term.mask is not None:
+    if side is None or term.width != 2:
         raise DecodeError("a match of a transport header's field that is no port")
     if term.test == "lookup":
         if term.set not in port_sets:
@@ -180,8 +184,9 @@ def _decode_port(term: Term, port_sets: PortSets) -> PortMatch:
 
 
 def _decode_socket(transparent: Term, wildcard: Term) -> SocketMatch:
-    made = (transparent.first, transparent.negate, wildcard.source, wildcard.key, wildcard.first, wildcard.negate)
-    if made != (b"\1", False, "socket", nft.NFT_SOCKET_WILDCARD, b"\0", False):
+    made = (transparent.first, wildcard.source, wildcard.key, wildcard.first)
+    changed = transparent.negate or wildcard.negate or transparent.mask or wildcard.mask
+    if changed or made != (b"\1", "socket", nft.NFT_SOCKET_WILDCARD, b"\0"):
         raise DecodeError("a socket match that netapply does not make")
     return SocketMatch()
 

@@ -29,6 +29,9 @@ from netapply_wire import expressions as nft
 from netapply_wire.expressions import Expression
 from netapply_wire.nfnetlink import NFPROTO, number, parse_attributes, text
 
+_PACKET, _CONNECTION, _ZONE = ("meta", nft.NFT_META_MARK), ("ct", nft.NFT_CT_MARK), ("ct", nft.NFT_CT_ZONE)
+_STORE_REGISTER = {"meta": 3, "ct": 4}  # NFTA_META_SREG, NFTA_CT_SREG
+
 
 def host_number(data: bytes) -> int:
     """A number that the kernel keeps in host order: marks, ids, zones."""
@@ -36,6 +39,7 @@ def host_number(data: bytes) -> int:
 
 
 def decode_statement(expressions: Sequence[Expression], family: Family | None) -> Statement:
+    """The statement of a rule of this family. Raises DecodeError."""
     names = tuple(item.name for item in expressions)
     first = expressions[0] if expressions else Expression("", {})
     match names:
@@ -82,6 +86,8 @@ def _decode_dnat(expressions: Sequence[Expression]) -> Dnat:
 
 def _decode_tproxy(expressions: Sequence[Expression], family: Family | None) -> TProxy:
     port, assign, *marking, verdict = expressions
+    if [item.name for item in marking][-1:] != ["meta"] or len(marking) < 2:
+        raise DecodeError("a tproxy statement that sets no mark")
     mark = _decode_marking(marking)
     wanted = NFPROTO[family] if family else 0
     if assign.number(1) != wanted or 2 in assign.attributes or not isinstance(mark, SetMark):
@@ -93,29 +99,19 @@ def _decode_tproxy(expressions: Sequence[Expression], family: Family | None) -> 
 
 def _decode_marking(expressions: Sequence[Expression]) -> Statement:
     """What loads a value, perhaps changes bits of it, and stores it as a mark or zone."""
-    if len(expressions) not in (2, 3):
-        raise DecodeError("a mark statement that netapply does not make")
-    load, store = expressions[0], expressions[-1]
-    stored, loaded = (store.name, store.number(2)), (load.name, load.number(2))
-    packet, connection, zone = ("meta", nft.NFT_META_MARK), ("ct", nft.NFT_CT_MARK), ("ct", nft.NFT_CT_ZONE)
-    if store.number(3 if store.name == "meta" else 4) != 1 or (store.name == "ct" and 3 in store.attributes):
-        raise DecodeError("a mark statement that stores nothing")
-    if load.name == "immediate" and len(expressions) == 2:
+    load, *changes, store = expressions
+    loaded, stored = (load.name, load.number(2)), (store.name, store.number(2))
+    found: dict[object, Statement] = {}
+    if store.number(_STORE_REGISTER[store.name]) != 1 or (store.name == "ct" and NFTA_CT_DIRECTION in store.attributes):
+        pass  # a load, or the mark of one direction
+    elif not changes and load.name == "immediate":
         value = host_number(data_of(load, 2))
-        if stored == zone:
-            return SetZone(value)
-        mask = ALL_BITS
-    elif len(expressions) == 2:
-        if (loaded, stored) == (packet, connection):
-            return SaveMark()
-        if (loaded, stored) == (connection, packet):
-            return RestoreMark()
+        found = {_PACKET: SetMark(value), _CONNECTION: SetConnmark(value), _ZONE: SetZone(value)}
+    elif not changes and (loaded, stored) in ((_PACKET, _CONNECTION), (_CONNECTION, _PACKET)):
+        found = {_CONNECTION: SaveMark(), _PACKET: RestoreMark()}
+    elif [item.name for item in changes] == ["bitwise"] and loaded == stored and not changes[0].number(NFTA_BITWISE_OP):
+        value, mask = host_number(data_of(changes[0], 5)), ~host_number(data_of(changes[0], 4)) & ALL_BITS
+        found = {_PACKET: SetMark(value, mask), _CONNECTION: SetConnmark(value, mask)}
+    if stored not in found:
         raise DecodeError("a mark statement that netapply does not make")
-    else:
-        change = expressions[1]
-        if loaded != stored or change.name != "bitwise" or change.number(6):
-            raise DecodeError("a mark statement that netapply does not make")
-        value, mask = host_number(data_of(change, 5)), ~host_number(data_of(change, 4)) & ALL_BITS
-    if stored not in (packet, connection):
-        raise DecodeError("a statement that stores what is no mark")
-    return SetMark(value, mask) if stored == packet else SetConnmark(value, mask)
+    return found[stored]

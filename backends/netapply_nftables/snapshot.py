@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from netapply.backend import Counters
 from netapply.errors import DecodeError
 from netapply.kernel import Kernel
 from netapply.ruleset import Base, Chain, ChainType, Hook, Jump, NamedSet, PortRange, Rule, Ruleset, Table
-from netapply_nftables.decode import decode_rule, is_fallback
+from netapply_nftables.decode import ANONYMOUS_SET, PortSets, decode_rule, is_fallback
 from netapply_nftables.sets import NFT_SET_ANONYMOUS, NFTA_SET_NAME, decode_named_set, decode_port_set, set_flags
 from netapply_wire.expressions import (
     NFTA_RULE_CHAIN,
     NFTA_RULE_EXPRESSIONS,
     NFTA_RULE_USERDATA,
-    Expression,
-    parse_expressions,
+    split_counter,
 )
 from netapply_wire.nfnetlink import (
     NFPROTO_INET,
@@ -157,25 +156,24 @@ class Snapshot:
         }
         for message in self.contents.rules:
             rules, counts = by_chain[text(message.attributes[NFTA_RULE_CHAIN])]
-            expressions = parse_expressions(message.attributes.get(NFTA_RULE_EXPRESSIONS, b""))
+            dumped = message.attributes.get(NFTA_RULE_EXPRESSIONS, b"")
             userdata = message.attributes.get(NFTA_RULE_USERDATA, b"")
-            if rules and is_fallback(expressions, userdata, self._port_sets, rules[-1]):
+            expressions, packets, octets = split_counter(dumped)
+            looked_up = tuple(self._port_sets.items()) if ANONYMOUS_SET in expressions else ()
+            if rules and is_fallback(expressions, userdata, looked_up, rules[-1]):
                 continue
-            rules.append(self._decode(expressions, userdata, message))
-            counts.append(_count(expressions))
+            rules.append(_decode(expressions, userdata, looked_up))
+            counts.append((packets, octets))
         return {chain: (tuple(rules), tuple(counts)) for chain, (rules, counts) in by_chain.items()}
 
-    def _decode(self, expressions: Sequence[Expression], userdata: bytes, message: Message) -> Rule:
-        try:
-            return decode_rule(expressions, userdata, self._port_sets)
-        except DecodeError:
-            digest = hashlib.sha256(message.attributes.get(NFTA_RULE_EXPRESSIONS, b"") + userdata).hexdigest()
-            return Rule((), Jump(f"<rule {digest[:16]}>"))
 
-
-def _count(expressions: Sequence[Expression]) -> tuple[int, int]:
-    found = next((item for item in expressions if item.name == "counter"), None)
-    return (found.number(2), found.number(1)) if found else (0, 0)
+@lru_cache(4096)
+def _decode(expressions: bytes, userdata: bytes, port_sets: PortSets) -> Rule:
+    """The rule, decoded once for all namespaces that hold it; a jump to nowhere where it is not one of ours."""
+    try:
+        return decode_rule(expressions, userdata, port_sets)
+    except DecodeError:
+        return Rule((), Jump(f"<rule {hashlib.sha256(expressions + userdata).hexdigest()[:16]}>"))
 
 
 def _hook(message: Message) -> dict[int, bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from struct import Struct
 from typing import NamedTuple
 
 from netapply_wire.nfnetlink import attr, iter_attributes, nested, number, parse_attributes, string, text, u32, u64
@@ -65,6 +66,23 @@ def parse_expressions(data: bytes) -> list[Expression]:
         name = text(attributes.get(NFTA_EXPR_NAME, b""))
         found.append(Expression(name, parse_attributes(attributes.get(NFTA_EXPR_DATA, b""))))
     return found
+
+
+_COUNTER = Struct(">4xQ4xQ")  # NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
+
+
+def split_counter(data: bytes) -> tuple[bytes, int, int]:
+    """The payload of a dumped NFTA_RULE_EXPRESSIONS with its counter at zero, then the packets and bytes counted.
+
+    The first counter is meant; without one the payload is as it was, and nothing was counted.
+    """
+    zero = counter()
+    head = zero[:20]  # list element, name and data headers
+    at = data.find(head)
+    if at < 0 or len(data) < at + len(zero):
+        return data, 0, 0
+    octets, packets = _COUNTER.unpack_from(data, at + len(head))
+    return data[:at] + zero + data[at + len(zero) :], packets, octets
 
 
 # --- loads ---------------------------------------------------------------------------------------------------

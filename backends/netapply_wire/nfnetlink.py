@@ -24,7 +24,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
 NLM_F_DUMP = 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
 NLM_F_CAPPED, NLM_F_ACK_TLVS = 0x100, 0x200
-NLMSGERR_ATTR_MSG = 1
+NLMSGERR_ATTR_MSG, NLMSGERR_ATTR_OFFS = 1, 2
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 
 # linux/netfilter/nfnetlink.h
@@ -59,6 +59,7 @@ _HEADER = Struct("=IHHIIBBH")  # nlmsghdr and nfgenmsg in one: length, type, fla
 _NLMSGHDR = Struct("=IHHII")
 _NLA = Struct("=HH")
 _INT32 = Struct("=i")
+_UINT32 = Struct("=I")
 _BE32 = Struct(">I")
 _NLA_U32 = Struct("=HH4s")
 _NLA_U64 = Struct("=HH8s")
@@ -237,11 +238,15 @@ def _error_code(payload: bytes) -> int:
 
 
 def _extack(payload: bytes, flags: int) -> str:
-    """The kernel's own words (NLMSGERR_ATTR_MSG), or ""."""
+    """The kernel's own words (NLMSGERR_ATTR_MSG), else the place of the attribute that it did not like, or ""."""
     if not flags & NLM_F_ACK_TLVS or len(payload) < 20:
         return ""
-    echoed = 16 if flags & NLM_F_CAPPED else (int.from_bytes(payload[4:8], "little") + 3) & ~3
-    return text(parse_attributes(payload[4 + echoed :]).get(NLMSGERR_ATTR_MSG, b""))
+    echoed = 16 if flags & NLM_F_CAPPED else (_NLMSGHDR.unpack_from(payload, 4)[0] + 3) & ~3
+    said = parse_attributes(payload[4 + echoed :])
+    if NLMSGERR_ATTR_MSG in said:
+        return text(said[NLMSGERR_ATTR_MSG])
+    where = said.get(NLMSGERR_ATTR_OFFS)
+    return f"attribute at byte {_UINT32.unpack(where)[0]} of the message" if where and len(where) == 4 else ""
 
 
 # --- reading -------------------------------------------------------------------------------------------------

@@ -1,0 +1,7 @@
+"""`python -m netapply` is the command."""
+
+import sys
+
+from netapply.cli import main
+
+sys.exit(main())
