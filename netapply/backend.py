@@ -70,7 +70,7 @@ class Probe(NamedTuple):
     """Whether this backend can work in a namespace.
 
     `status` tells apart: usable; unsupported (the kernel lacks it), denied (we may not), busy (somebody holds it).
-    `reason` is one line for people. `missing` are features (plan words: "cgroups", "log", "dns.zones", "sets", "ip6", …)
+    `reason` is one line for people. `missing` are features (plan words: "cgroups", "log", "dns.zones", "sets", "ip6")
     that the kernel cannot do here; each with a module or setting that adds it where known.
     `in_use`: this dialect already holds rules in the namespace, whoever's.
     """
@@ -93,7 +93,7 @@ class Snapshot(Protocol):
 
     @property
     def ruleset(self) -> Ruleset | None:
-        """Ours, decoded; None when nothing of ours is there. Raises DecodeError where ours is damaged beyond reading."""
+        """Ours, decoded; None when nothing of ours is there. Raises DecodeError where it cannot be read."""
         ...
 
     @property

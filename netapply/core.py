@@ -134,7 +134,7 @@ def _refuse_waiting(plan: CapturePlan) -> None:
 
 
 def clean(namespace: Namespace, *, backend: str = "auto", journal: Journal | None = None) -> Result:
-    """Remove all that is ours, in any dialect ("auto") or one, by ownership: no plan is needed, nor the same version."""
+    """Remove all that is ours, in every dialect ("auto") or one, by ownership: without a plan, from any version."""
     begun = time.perf_counter()
     steps: tuple[str, ...] = ()
     with _session(namespace, journal or Journal()) as session:

@@ -94,7 +94,7 @@ class KernelError(NetapplyError):
         self.extack = extack
 
 
-class GenerationChanged(KernelError):
+class GenerationChanged(KernelError):  # noqa: N818 - an event to be handled, named as the kernel's fact
     """Somebody changed the rule set between our read and our commit. Read again and retry."""
 
 

@@ -59,7 +59,7 @@ class _Walk:
         return Trace(fate._replace(zone=self._zone), tuple(self._visits), self._decided)
 
     def _hooks(self) -> list[tuple[Table, Chain]]:
-        """Base chains that see this packet, by hook and priority. NAT looks at new connections only, and once at those over lo."""
+        """Base chains that see this packet, by priority. NAT looks at new connections only, at those over lo once."""
         hook = "output" if self._flow.direction == "outbound" else "prerouting"
         seen_before = self._flow.state != "new" or (hook == "prerouting" and self._flow.iface == "lo")
         bases = [
@@ -176,7 +176,7 @@ def covers(block: Cidr, packed: bytes) -> bool:
 
 
 def contains(named: NamedSet, packed: bytes) -> bool:
-    """Is the address an element? Elements are sorted and do not overlap, so the last one that starts before it decides."""
+    """Is the address an element? They are sorted and do not overlap: the last one that starts before it decides."""
     at = bisect_right(named.elements, Cidr(packed, len(packed) * 8)) - 1
     return at >= 0 and covers(named.elements[at], packed)
 

@@ -1,4 +1,4 @@
-"""TCP connections that are there already, by sock_diag(7). NAT decides on a flow's first packet, so these stay as they are.
+"""TCP connections that are there already, by sock_diag(7). NAT decides on a flow's first packet, so these stay.
 
 What is told is an estimate by addresses, ports and uid: the kernel gives neither the group nor the interface.
 """

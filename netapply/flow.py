@@ -17,7 +17,7 @@ class Flow(NamedTuple):
 
     `direction`: "outbound" was sent by a socket in the namespace (hook output), "inbound" came from a device
     (hook prerouting). Addresses are packed, 4 or 16 bytes, network order. `iface` is the device that it leaves
-    or enters by. `uid`, `gid`: of the sending socket, -1 where there is none. `cgroup`: v2 path of it, no leading slash.
+    or enters by. `uid`, `gid`: of the sending socket, -1 where there is none. `cgroup`: its v2 path, no leading slash.
     """
 
     direction: Direction

@@ -22,7 +22,7 @@ NETLINK_NETFILTER: NetlinkProtocol = 12
 
 
 class Scratch(NamedTuple):
-    """A buffer for the kernel to write to during setsockopt: `size` bytes whose address goes to `offset` of the blob."""
+    """A buffer that the kernel writes to in setsockopt(2): `size` bytes; their address goes to `offset` of the blob."""
 
     offset: int
     size: int
@@ -46,7 +46,7 @@ class Kernel(Protocol):
         ...
 
     def getsockopt(self, family: Family, option: int, buffer: bytes, level: int | None = None) -> bytes:
-        """getsockopt(2) with `buffer` as input and output, on a raw IPv4 or IPv6 socket; level SOL_IP or SOL_IPV6 by default."""
+        """getsockopt(2) with `buffer` as input and output, on a raw socket; level SOL_IP or SOL_IPV6 by default."""
         ...
 
     def setsockopt(self, family: Family, option: int, blob: bytes, scratch: Scratch | None = None) -> bytes:

@@ -34,7 +34,7 @@ class IdRange(NamedTuple):
 
 
 class Cgroup(NamedTuple):
-    """A cgroup v2 by its path below the root (no leading slash), with the inode number of its directory (0 if absent)."""
+    """A cgroup v2 by its path below the root (no leading slash), with the inode of its directory (0 if absent)."""
 
     path: str
     id: int = 0
@@ -108,7 +108,7 @@ class OutboundCidrs(NamedTuple):
 
 
 class OutboundPorts(NamedTuple):
-    """`exclude`: TCP and UDP (so DNS too), before anything else. `include`: TCP, captured wherever it goes, cidrs.exclude apart."""
+    """`exclude`: TCP and UDP (so DNS too), before all else. `include`: TCP, captured anywhere but cidrs.exclude."""
 
     include: tuple[PortRange, ...] = ()
     exclude: tuple[PortRange, ...] = ()

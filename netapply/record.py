@@ -46,7 +46,7 @@ def hexed(value: object) -> str:
 
 
 def ruleset_to_json(ruleset: rs.Ruleset | None) -> object:
-    """A value that json.dumps writes with `default=hexed`. A set's elements are one string: they may be many thousands."""
+    """What json.dumps writes with `default=hexed`. A set's elements are one string: they may be many thousands."""
     if ruleset is None:
         return None
     sets = [(s.name, s.family, b"".join([e.packed + bytes((e.prefix,)) for e in s.elements])) for s in ruleset.sets]

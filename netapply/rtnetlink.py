@@ -69,7 +69,7 @@ def _await_local(kernel: Kernel, operation: str, packed: bytes) -> None:
     """Wait until packets to the address are delivered here. The kernel adds the route a moment after it acknowledged.
 
     net/ipv6/addrconf.c: addrconf_dad_work, a work item, notifies __ipv6_ifa_notify, which inserts the route: mostly at
-    once, up to 20 ms later on a busy machine. Goes on after PATIENCE all the same: while `lo` is down there is no route.
+    once, up to 20 ms later on a busy machine. Goes on after PATIENCE: while `lo` is down there is no route.
     """
     body = _ROUTE.pack(socket.AF_INET6, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, packed)
     request = _message(_RTM_GETROUTE, 0, body)
@@ -108,7 +108,7 @@ def _attributes(data: bytes, offset: int, end: int) -> Iterator[tuple[int, bytes
 
 
 def _ask(kernel: Kernel, operation: str, request: bytes, *, missing: bool = False) -> list[bytes]:
-    """The answer to one request; KernelError where it is an error, with the kernel's own words, unless it may be `missing`."""
+    """The answer to one request; KernelError, in the kernel's words, if it is an error and may not be `missing`."""
     try:
         answer = kernel.netlink(NETLINK_ROUTE, request)
     except OSError as error:

@@ -24,7 +24,7 @@ FAMILIES: tuple[Family, Family] = ("ip", "ip6")
 
 
 class Cidr(NamedTuple):
-    """An address block. `packed` is 4 or 16 bytes in network order with no host bits; `prefix` is its length in bits."""
+    """An address block. `packed` is 4 or 16 bytes in network order, host bits zero; `prefix` is its length in bits."""
 
     packed: bytes
     prefix: int
@@ -86,7 +86,7 @@ class ProtocolMatch(NamedTuple):
 
 
 class PortMatch(NamedTuple):
-    """Source or destination port lies in one of the ranges (sorted, disjoint). The rule also has a ProtocolMatch of 6 or 17.
+    """Source or destination port lies in a range (sorted, disjoint). The rule also has a ProtocolMatch of 6 or 17.
 
     One range is the xt `tcp`/`udp` match, more are `multiport` (at most 15 slots, a range takes two).
     """
@@ -207,7 +207,7 @@ class Dnat(NamedTuple):
 
 
 class TProxy(NamedTuple):
-    """Hand the packet to a transparent socket at local `port` and set mark (value/mask). Terminal, in mangle prerouting."""
+    """Hand the packet to a transparent socket at local `port`, and set mark/mask. Terminal, in mangle prerouting."""
 
     port: int
     mark: int

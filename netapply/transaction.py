@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from netapply import routing
@@ -71,13 +72,13 @@ class Transaction:
             self._prove(entry.desired, created)
             self._step = "commit the journal"
             self._store(entry._replace(pending=False, before=before, created=created))
-        except BaseException as error:
+        except BaseException as error:  # also an interrupt is undone
             self._undo(before, known, entry, error)
             raise
         return Outcome(tuple(self._done), created)
 
     def restore(self, entry: Entry) -> tuple[str, ...]:
-        """Finish or undo an interrupted run; returns the steps that were done. Raises NetapplyError when neither held."""
+        """Finish or undo an interrupted run; returns the steps that were done. Raises NetapplyError if neither held."""
         if not self._differs(entry.desired, entry.created):
             created = routing.read(self._namespace, entry.desired.routing, entry.created).ours
             self._store(entry._replace(pending=False, created=created))
@@ -88,7 +89,7 @@ class Transaction:
         return tuple(self._done)
 
     def _undo(self, before: State, known: Routing, entry: Entry, error: BaseException) -> None:
-        """Back to `before`. Always raises: ApplyError, which says whether that held; an interrupt as it came, if it did."""
+        """Back to `before`. Raises ApplyError, saying whether that held; returns if it did and `error` is an interrupt."""
         failed, self._done, self._cancelled = self._step, [], lambda: False
         try:
             created = self._converge(before, known)
@@ -96,7 +97,7 @@ class Transaction:
             # A journal that cannot be written still says "pending", and the next command finds nothing left to undo.
             with suppress(JournalError):
                 self._store(entry._replace(pending=False, desired=before, before=before, created=created))
-        except BaseException as second:
+        except BaseException as second:  # noqa: BLE001 - whatever it is, both causes are raised
             raise ApplyError(failed, error, restored=False, rollback=second) from error
         if not isinstance(error, Exception):
             return
@@ -112,7 +113,7 @@ class Transaction:
         return routing.remember(standing.ours, done)
 
     def _route(self, step: routing.RoutingStep) -> bool:
-        return bool(self._do(step.name, lambda: routing.commit(self._namespace, step)))
+        return bool(self._do(step.name, partial(routing.commit, self._namespace, step)))
 
     def _rules(self, state: State, snapshot: Snapshot | None) -> None:
         """Commit the backend's steps; when somebody else was faster, look again and go on from there."""
@@ -124,7 +125,7 @@ class Transaction:
             self._step = "encode the rules"
             try:
                 for step in self._backend.encode(snapshot, state.ruleset):
-                    self._do(step.name, lambda step=step: self._backend.commit(self._namespace, step))  # type: ignore[misc]  # mypy cannot infer a lambda with a bound default
+                    self._do(step.name, partial(self._backend.commit, self._namespace, step))
             except GenerationChanged:
                 snapshot = None
                 time.sleep(pause if attempt else 0)

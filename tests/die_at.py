@@ -1,4 +1,4 @@
-"""Apply a plan to a namespace, and die without a word at the Nth commit of rules or routing: PATH PLAN BACKEND N before|after."""
+"""Apply a plan to a namespace, and die at the Nth commit of rules or routing: PATH PLAN BACKEND N before|after."""
 
 from __future__ import annotations
 

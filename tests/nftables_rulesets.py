@@ -100,7 +100,7 @@ def port_ranges(numbers: Sequence[int], *, single: bool) -> tuple[PortRange, ...
 range_lists = st.builds(port_ranges, st.lists(ports, min_size=1, max_size=12), single=flags).filter(bool)
 
 
-def marks(kind: type[MarkMatch] | type[ConnmarkMatch]) -> st.SearchStrategy[Match]:
+def marks(kind: type[MarkMatch | ConnmarkMatch]) -> st.SearchStrategy[Match]:
     # A value outside of its mask never matches; nft prints some of these another way, and no plan asks for them.
     return st.builds(lambda v, m, n: kind(v & m, m, n), words, masks, flags)
 

@@ -48,7 +48,8 @@ def disjoint(blocks: list[Cidr]) -> tuple[Cidr, ...]:
     """Sorted, and without those that another one covers, as the loader gives them."""
     kept: list[Cidr] = []
     for block in sorted(set(blocks)):
-        if not (kept and len(kept[-1].packed) == len(block.packed) and masked(block.packed, kept[-1].prefix) == kept[-1]):
+        last = kept[-1] if kept and len(kept[-1].packed) == len(block.packed) else None
+        if last is None or masked(block.packed, last.prefix) != last:
             kept.append(block)
     return tuple(kept)
 
@@ -75,7 +76,8 @@ cidrs = st.lists(blocks_4 | blocks_6, max_size=4).map(disjoint)
 port = st.sampled_from(PORTS)
 port_range = st.builds(lambda a, b: PortRange(min(a, b), max(a, b)), port, port) | port.map(lambda p: PortRange(p, p))
 ports = st.lists(port_range, max_size=4).map(merged)
-ids = st.lists(st.sampled_from(IDS).map(lambda i: IdRange(i, i)) | st.just(IdRange(1000, 1999)), max_size=2, unique=True).map(tuple)
+id_range = st.sampled_from(IDS).map(lambda i: IdRange(i, i)) | st.just(IdRange(1000, 1999))
+ids = st.lists(id_range, max_size=2, unique=True).map(tuple)
 cgroups = st.lists(st.sampled_from(CGROUPS).map(lambda c: Cgroup(c, 1)), max_size=1).map(tuple)
 owners = st.builds(Owners, ids, ids, cgroups)
 some_owners = owners.filter(lambda o: bool(o.uids or o.gids or o.cgroups))
@@ -84,7 +86,8 @@ marks = st.sampled_from([Mark(1337), Mark(0x539, 0xFFF), Mark(0x100, 0x100)])
 names = st.sampled_from([*IFACES, "br+"])
 placements = st.sampled_from(["first", "last"])
 
-proxies = made(Proxy,
+proxies = made(
+    Proxy,
     uids=st.sampled_from([(1337,), (1337, 2000), ()]),
     gids=st.sampled_from([(1337,), ()]),
     tunnel_port=st.sampled_from([None, 15008]),
@@ -93,28 +96,33 @@ proxies = made(Proxy,
     self_calls=st.sampled_from(["proxy", "everyone", "none"]) | some_owners,
 )
 reroutes = st.builds(Reroute, names, st.none() | everything | cidrs, st.none() | cidrs)
-dns_plans = made(Dns,
+dns_plans = made(
+    Dns,
     capture=st.sampled_from(["none", "all"]),
     port=st.just(15053),
     addresses=st.sampled_from([(), (ADDRESSES_4[2],), (ADDRESSES_4[2], ADDRESSES_6[2])]),
     zones=st.booleans(),
 ) | made(Dns, capture=st.just("servers"), servers=cidrs.filter(bool), zones=st.booleans())
 
-plans = made(CapturePlan,
+plans = made(
+    CapturePlan,
     proxy=proxies,
-    inbound=made(Inbound,
+    inbound=made(
+        Inbound,
         mode=st.sampled_from(["redirect", "tproxy", "none"]),
         ports=st.builds(InboundPorts, everything | ports, ports),
         sources=st.builds(Sources, cidrs),
         tproxy=st.builds(TProxyRouting, marks, st.just(133)),
         placement=placements,
     ),
-    outbound=made(Outbound,
+    outbound=made(
+        Outbound,
         cidrs=st.builds(OutboundCidrs, everything | cidrs, cidrs),
         ports=st.builds(OutboundPorts, ports, ports),
         owners=st.builds(OwnerRules, everything | some_owners, owners),
         exclude_for_owners=st.lists(
-            st.builds(OwnerException, st.sampled_from(["tcp", "udp"]), everything | ports.filter(bool), some_owners), max_size=2
+            st.builds(OwnerException, st.sampled_from(["tcp", "udp"]), everything | ports.filter(bool), some_owners),
+            max_size=2,
         ).map(tuple),
         loopback=st.sampled_from(["bypass", "capture"]),
         placement=placements,

@@ -91,6 +91,22 @@ def test_a_set_that_a_foreign_rule_uses_is_not_destroyed(
     assert NAME in netns.run("iptables-legacy-save")
 
 
+def test_a_set_that_others_use_is_neither_ours_nor_destroyed(netns: Netns, kernel: Namespace) -> None:
+    """iptables-nft has sets of the same names: cleaning this dialect must not need the other one to be gone."""
+    wanted = NamedSet(NAME, "ip", v4(3))
+    jump = Chain("OUTPUT", base=Base("nat", "output", -100), head=(Rule((), Jump("NETAPPLY_OUTPUT")),))
+    rules = (Rule((SetMatch("dst", NAME),), Return()), Rule((SetMatch("src", NAME),), Return()))
+    desired = Ruleset((Table("ip", "nat", (jump, Chain("NETAPPLY_OUTPUT", rules))),), (wanted,))
+    for step in BACKEND.encode(BACKEND.read(kernel), desired):
+        BACKEND.commit(kernel, step)
+    netns.run("iptables-nft", "-A", "OUTPUT", "-m", "set", "--match-set", NAME, "dst", "-j", "ACCEPT")
+    steps = BACKEND.encode(BACKEND.read(kernel), None)
+    assert [step.name for step in steps] == ["replace table ip nat"]
+    BACKEND.commit(kernel, steps[0])
+    assert BACKEND.read(kernel).ruleset is None
+    assert find_set(kernel, NAME) is not None
+
+
 def test_other_peoples_sets_are_not_listed(kernel: Namespace) -> None:
     commit_set(kernel, CreateSet(NamedSet("theirs", "ip", v4(1))))
     assert list_sets(kernel, "netapply-") == ()

@@ -34,7 +34,8 @@ from netapply.ruleset import (
 )
 from netapply_iptables_nft import BACKEND
 from netapply_iptables_nft.builtin import BUILT_IN
-from netapply_iptables_nft.decode import decode_rule, without_state
+from netapply_iptables_nft.decode import decode_rule
+from netapply_iptables_nft.dumped import without_state
 from netapply_iptables_nft.encode import encode_rule
 from netapply_iptables_nft.operations import TableOperations
 from netapply_iptables_nft.probe import Needed, missing_extensions

@@ -25,7 +25,7 @@ from netapply.ruleset import (
     Ruleset,
 )
 from netapply_iptables_nft import BACKEND
-from netapply_iptables_nft.decode import without_state
+from netapply_iptables_nft.dumped import without_state
 from netapply_iptables_nft.encode import encode_rule
 from netapply_iptables_nft.tables import read_tables
 from tests import netns as namespaces

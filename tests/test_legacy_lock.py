@@ -20,7 +20,13 @@ from netapply_iptables_legacy import BACKEND
 from netapply_wire.xtables_lock import XtablesLock
 from tests.netns import Netns
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def desired() -> Ruleset:

@@ -236,7 +236,16 @@ def test_no_program_is_started_and_no_library_loaded(netns: Netns, backend: str,
     ):
         log = tmp_path / "strace"
         done = subprocess.run(
-            ["/usr/bin/strace", "-f", "-e", "trace=execve,execveat,fork,vfork,openat", "-o", str(log), *COMMAND, *command],
+            [
+                "/usr/bin/strace",
+                "-f",
+                "-e",
+                "trace=execve,execveat,fork,vfork,openat",
+                "-o",
+                str(log),
+                *COMMAND,
+                *command,
+            ],
             env={**os.environ, "PATH": ""},
             capture_output=True,
             text=True,
@@ -252,15 +261,21 @@ def test_no_program_is_started_and_no_library_loaded(netns: Netns, backend: str,
 def test_the_machines_own_namespace_is_refused_without_host(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text('{"apiVersion": "netapply/v1"}')
-    done = subprocess.run([*COMMAND, "apply", str(plan), "-o", "json"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*COMMAND, "apply", str(plan), "-o", "json"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["kind"] == "NamespaceError"
 
 
 def test_bad_input_reports_every_fault_and_touches_nothing(netns: Netns, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
-    plan.write_text("apiVersion: netapply/v1\nproxy: {outbound_port: 0}\noutbound: {cidrs: {exclude: [10.0.0.1/8]}}\nipv4: no\n")
-    done = subprocess.run([*COMMAND, "apply", str(plan), "-N", netns.path], capture_output=True, text=True, timeout=60, check=False)
+    plan.write_text(
+        "apiVersion: netapply/v1\nproxy: {outbound_port: 0}\noutbound: {cidrs: {exclude: [10.0.0.1/8]}}\nipv4: no\n"
+    )
+    done = subprocess.run(
+        [*COMMAND, "apply", str(plan), "-N", netns.path], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 1
     for path in ("proxy.outbound_port", "outbound.cidrs.exclude[0]", "ipv4"):
         assert path in done.stderr

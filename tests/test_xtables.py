@@ -83,7 +83,8 @@ BOTH: list[tuple[str, str, str, tuple[Match, ...], Statement]] = [
     ("nat", "OUTPUT", f"-m cgroup ! --path {CGROUP} -j RETURN", (CgroupMatch(CGROUP, 0, negate=True),), Return()),
     ("nat", "OUTPUT", "-m mark --mark 0x539 -j RETURN", (MarkMatch(0x539),), Return()),
     ("nat", "OUTPUT", "-m mark ! --mark 0x111/0xfff -j RETURN", (MarkMatch(0x111, 0xFFF, negate=True),), Return()),
-    ("mangle", "OUTPUT", "-m connmark ! --mark 0x111/0xfff -j DROP", (ConnmarkMatch(0x111, 0xFFF, negate=True),), Drop()),
+    ("mangle", "OUTPUT", "-m connmark ! --mark 0x111/0xfff -j DROP",
+     (ConnmarkMatch(0x111, 0xFFF, negate=True),), Drop()),
     ("filter", "INPUT", "-m conntrack --ctstate INVALID,NEW,RELATED,ESTABLISHED,UNTRACKED -j ACCEPT",
      (StateMatch(("established", "invalid", "new", "related", "untracked")),), Accept()),
     ("filter", "INPUT", "-i eth0 -m conntrack --ctstate INVALID -j DROP",
@@ -107,10 +108,11 @@ ONE: list[tuple[Family, str, str, str, tuple[Match, ...], Statement]] = [
     ("ip", "nat", "OUTPUT", "-p tcp -j DNAT --to-destination 127.0.0.1:15053", (TCP,), Dnat(b"\x7f\0\0\1", 15053)),
     ("ip6", "nat", "OUTPUT", "-p tcp -j DNAT --to-destination [::1]:15053", (TCP,), Dnat(bytes(15) + b"\1", 15053)),
     ("ip", "nat", "OUTPUT", "! -s 127.0.0.6 -d 10.0.0.0/13 -j RETURN",
-     (AddressMatch("src", Cidr(b"\x7f\0\0\6", 32), negate=True), AddressMatch("dst", Cidr(b"\x0a\0\0\0", 13))), Return()),
-    ("ip6", "nat", "OUTPUT", "-s fd00::/9 ! -d ::6 -p tcp -j RETURN",
-     (AddressMatch("src", Cidr(b"\xfd" + bytes(15), 9)), AddressMatch("dst", Cidr(bytes(15) + b"\6", 128), negate=True), TCP),
+     (AddressMatch("src", Cidr(b"\x7f\0\0\6", 32), negate=True), AddressMatch("dst", Cidr(b"\x0a\0\0\0", 13))),
      Return()),
+    ("ip6", "nat", "OUTPUT", "-s fd00::/9 ! -d ::6 -p tcp -j RETURN",
+     (AddressMatch("src", Cidr(b"\xfd" + bytes(15), 9)),
+      AddressMatch("dst", Cidr(bytes(15) + b"\6", 128), negate=True), TCP), Return()),
 ]  # fmt: skip
 CASES = [(family, *case) for family in COMMAND for case in BOTH] + ONE
 

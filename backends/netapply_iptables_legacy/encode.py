@@ -71,7 +71,7 @@ def encode_steps(current: LegacySnapshot, desired: Ruleset | None) -> tuple[Lega
     standing = {each.name: each.held for each in current.sets}
     creates = [CreateSet(each) for each in wanted.sets if standing.get(each.name) != len(split(each.elements))]
     kept = {each.name for each in wanted.sets}
-    destroys = [DestroySet(name) for name in standing if name not in kept]
+    destroys = [DestroySet(each.name) for each in current.own_sets if each.name not in kept]
     order = ORDER if desired is not None else ORDER[::-1]
     places: list[tuple[Family, str]] = [(family, name) for name in order for family in FAMILIES]
     replaces = [step for place in places if (step := _replace(current, place, tables.get(place))) is not None]

@@ -192,6 +192,13 @@ def _understand(entry: Entry, family: Family, names: tuple[tuple[int, str], ...]
     return rule
 
 
+def set_indices(entry: Entry, family: Family) -> list[int]:
+    """The indices of the sets that an entry uses, once for each use."""
+    if b"set\0" not in entry.data:
+        return []
+    return [SET_INDEX.unpack_from(ext.info)[0] for ext in _extensions(entry.data, family) if ext.name == "set"]
+
+
 def _decode_header(data: bytes, family: Family) -> list[Match]:
     fields = _IP[family].unpack_from(data)
     source, destination, source_mask, destination_mask, inside, outside, _, _, protocol, _, invert = fields

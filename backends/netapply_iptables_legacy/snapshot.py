@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from netapply.errors import ConflictError, DecodeError, KernelError
 from netapply.ruleset import FAMILIES, Base, Chain, Ruleset, Table
 from netapply_iptables_legacy.entries import ACCEPT, Block, Entry, entry_counters, entry_offsets, parse, plain_entry
-from netapply_iptables_legacy.rules import decode_rule, encode_rule
+from netapply_iptables_legacy.rules import decode_rule, encode_rule, set_indices
 from netapply_iptables_legacy.sockopt import HOOKS, Info, get_entries, get_info, table_names
 from netapply_wire.ipset import Listed, list_sets, set_index
 
@@ -125,6 +125,20 @@ class LegacySnapshot:
         rules = [rule for *where, rule in self.owned.direct if tuple(where) == place]
         return {encode_rule(rule, table.family, self.indices).key for rule in rules}
 
+    @cached_property
+    def own_sets(self) -> tuple[Listed, ...]:
+        """The sets that no rule but ours uses. iptables-nft has the same ones, and may hold on to them."""
+        if not self.sets:
+            return ()
+        uses = [
+            index
+            for (family, _), parts in self.parts.items()
+            for part in parts
+            for _, entry in part.head + part.rules
+            for index in set_indices(entry, family)
+        ]
+        return tuple(each for each in self.sets if uses.count(self.indices[each.name]) >= each.references)
+
     @property
     def ruleset(self) -> Ruleset | None:
         """Ours, decoded. Raises DecodeError.
@@ -142,9 +156,9 @@ class LegacySnapshot:
             for family in FAMILIES
             if (family, name) in self.tables and (chains := self._chains(family, name))
         )
-        if not tables and not self.sets:
+        if not tables and not self.own_sets:
             return None
-        return Ruleset(tables, tuple(each.decode() for each in self.sets))
+        return Ruleset(tables, tuple(each.decode() for each in self.own_sets))
 
     def _chains(self, family: Family, name: str) -> tuple[Chain, ...]:
         names = {index: each for each, index in self.indices.items()}

@@ -54,11 +54,13 @@ class Blob(NamedTuple):
 
 
 def table_names(kernel: Kernel, family: Family) -> tuple[str, ...]:
-    """The tables that the namespace has; () where the kernel has no such tables at all. Creates none."""
+    """The tables that the namespace has; () where the kernel has no such tables at all. Raises KernelError."""
     try:
         return tuple(kernel.read_file(NAMES_FILE[family]).split())
     except FileNotFoundError:
         return ()
+    except OSError as error:
+        raise KernelError(f"read {NAMES_FILE[family]}", error.errno or errno.EIO) from error
 
 
 def get_info(kernel: Kernel, family: Family, table: str) -> Info:

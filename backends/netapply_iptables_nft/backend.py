@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from netapply.backend import OURS, Dialect, Owned, Probe, Step
+from netapply.backend import OURS, Backend, Dialect, Owned, Probe, Step
 from netapply.backend import Snapshot as AnySnapshot
 from netapply.kernel import Kernel
 from netapply.ruleset import Chain, Rule, Ruleset, Table
@@ -83,4 +83,4 @@ def _patched(change: Change, indices: Mapping[str, int]) -> Operation:
     return change.operation._replace(body=bytes(body))
 
 
-BACKEND = IptablesNft()
+BACKEND: Backend = IptablesNft()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from struct import Struct
-from sys import byteorder
 from typing import Literal, NamedTuple, TypeAlias
 
 from netapply.errors import DecodeError
@@ -32,6 +31,7 @@ from netapply.ruleset import (
     Rule,
     Statement,
 )
+from netapply_iptables_nft.dumped import verdict_of
 from netapply_iptables_nft.encode import ADDRESS_OFFSET, prefix_mask
 from netapply_wire.expressions import (
     NF_ACCEPT,
@@ -48,11 +48,9 @@ from netapply_wire.expressions import (
     NFT_PAYLOAD_TRANSPORT_HEADER,
     NFT_RETURN,
     NFTA_DATA_VALUE,
-    NFTA_DATA_VERDICT,
     NFTA_VERDICT_CHAIN,
     NFTA_VERDICT_CODE,
     Expression,
-    expression,
     parse_expressions,
 )
 from netapply_wire.nfnetlink import number, parse_attributes, text
@@ -82,8 +80,6 @@ _FIELD_SIZE: dict[Field, int] = {"protocol": 1, "sport": 2, "dport": 2, "mark": 
 _VERDICTS: dict[int, Statement] = {NFT_RETURN: Return(), NF_ACCEPT: Accept(), NF_DROP: Drop()}
 
 _MARK = Struct("=I")
-#: Expressions whose data the packets change; their names are kept.
-_STATEFUL = (b"counter\0", b"quota\0", b"last\0")
 
 
 class Load(NamedTuple):
@@ -92,47 +88,6 @@ class Load(NamedTuple):
     field: Field
     size: int
     mask: bytes = b""
-
-
-def without_state(expressions: bytes) -> bytes:
-    """A dumped rule without what packets change in it. Raises DecodeError.
-
-    Equal bytes then mean an unchanged rule; that is also what makes decoding worth caching.
-    """
-    kept: list[bytes] = []
-    start = offset = 0
-    end = len(expressions)
-    while offset < end:
-        after = _element_end(expressions, offset)
-        if expressions.startswith(_STATEFUL, offset + 8):  # behind the headers of the element and of its name
-            name = expressions[offset + 8 : expressions.index(0, offset + 8)].decode()
-            kept += (expressions[start:offset], expression(name))
-            start = after
-        offset = after
-    return b"".join((*kept, expressions[start:]))
-
-
-def counters_of(expressions: bytes) -> tuple[int, int]:
-    """The (packets, bytes) that a dumped rule has counted. Raises DecodeError."""
-    found = next((each for each in parse_expressions(expressions) if each.name == "counter"), None)
-    return (found.number(2), found.number(1)) if found else (0, 0)
-
-
-def _element_end(expressions: bytes, offset: int) -> int:
-    size = int.from_bytes(expressions[offset : offset + 2], byteorder)
-    after = offset + (size + 3 & ~3)
-    if size < 8 or after > len(expressions):
-        left = len(expressions) - offset
-        raise DecodeError(f"an expression of {size} bytes does not fit in the {left} that are there")
-    return after
-
-
-def jump_target(expressions: bytes) -> str | None:
-    """The chain that a rule jumps or goes to, whatever else it does; None where it goes to none. Raises DecodeError."""
-    for each in parse_expressions(expressions):
-        if each.name == "immediate" and NFTA_VERDICT_CHAIN in (found := _verdict(each)):
-            return text(found[NFTA_VERDICT_CHAIN])
-    return None
 
 
 @lru_cache(maxsize=16384)
@@ -156,23 +111,12 @@ class _Reader:
         self._comment = ""
         self._counted = False
         self._statement: Statement | None = None
-        self._readers: dict[str, Callable[[Expression], None]] = {
-            "meta": self._meta,
-            "payload": self._payload,
-            "bitwise": self._bitwise,
-            "cmp": self._cmp,
-            "range": self._range,
-            "match": self._match,
-            "limit": self._limit,
-            "counter": self._counter,
-            "immediate": self._immediate,
-            "target": self._target,
-        }
 
     def read(self, each: Expression) -> None:
-        if each.name not in self._readers or self._statement is not None:
+        reader = _READERS.get(each.name)
+        if reader is None or self._statement is not None:
             raise _foreign(each)
-        self._readers[each.name](each)
+        reader(self, each)
 
     def rule(self) -> Rule:
         if self._statement is None or self._load is not None or not self._counted:
@@ -180,11 +124,11 @@ class _Reader:
         header = [self._header[field] for field in sorted(self._header, key=_HEADER_ORDER.__getitem__)]
         return Rule((*header, *self._matches), self._statement, comment=self._comment)
 
-    def _meta(self, each: Expression) -> None:
+    def meta(self, each: Expression) -> None:
         field = _META.get(each.number(2))
         self._set_load(each, None if field is None else Load(field, _FIELD_SIZE.get(field, 0)), register=1)
 
-    def _payload(self, each: Expression) -> None:
+    def payload(self, each: Expression) -> None:
         field, size = _PAYLOAD.get((self._family, each.number(2), each.number(3))), each.number(4)
         wrong = field is None or _FIELD_SIZE.get(field, size) != size
         self._set_load(each, None if wrong or field is None else Load(field, size), register=1)
@@ -194,18 +138,18 @@ class _Reader:
             raise _foreign(each)
         self._load = load
 
-    def _bitwise(self, each: Expression) -> None:
+    def bitwise(self, each: Expression) -> None:
         mask, flip, load = _value(each, 4), _value(each, 5), self._load
         known = load is not None and load.field in ("src", "dst", "mark") and len(mask) == load.size and not load.mask
         if load is None or not known or any(flip) or each.number(6) or each.number(1) != 1 or each.number(2) != 1:
             raise _foreign(each)
         self._load = load._replace(mask=mask)
 
-    def _cmp(self, each: Expression) -> None:
+    def cmp(self, each: Expression) -> None:
         data = _value(each, 3)
         self._compare(each, data, data, negate=each.number(2) == NFT_CMP_NEQ)
 
-    def _range(self, each: Expression) -> None:
+    def range(self, each: Expression) -> None:
         if self._load is None or self._load.field not in ("sport", "dport"):
             raise _foreign(each)
         self._compare(each, _value(each, 3), _value(each, 4), negate=each.number(2) == NFT_CMP_NEQ)
@@ -235,7 +179,7 @@ class _Reader:
         else:
             self._matches.append(found)
 
-    def _match(self, each: Expression) -> None:
+    def match(self, each: Expression) -> None:
         extension = _extension(each)
         if extension.name == "comment" and not self._comment:
             self._comment = decode_comment(extension)
@@ -244,20 +188,20 @@ class _Reader:
         else:
             self._matches.append(decode_match(extension, self._sets))
 
-    def _limit(self, each: Expression) -> None:
+    def limit(self, each: Expression) -> None:
         rate, unit = each.number(1), each.number(2)
         a_minute, rest = divmod(rate * 60, unit or 1)
         if rest or not unit or each.number(4) != NFT_LIMIT_PKTS or each.number(5):
             raise _foreign(each)
         self._matches.append(LimitMatch(a_minute, each.number(3)))
 
-    def _counter(self, each: Expression) -> None:
+    def counter(self, each: Expression) -> None:
         if self._counted:
             raise _foreign(each)
         self._counted = True
 
-    def _immediate(self, each: Expression) -> None:
-        found = _verdict(each)
+    def immediate(self, each: Expression) -> None:
+        found = verdict_of(each)
         if each.number(1) or NFTA_VERDICT_CODE not in found:  # register 0 is the verdict
             raise _foreign(each)
         code = int.from_bytes(found[NFTA_VERDICT_CODE], signed=True)
@@ -266,8 +210,22 @@ class _Reader:
         if self._statement is None:
             raise _foreign(each)
 
-    def _target(self, each: Expression) -> None:
+    def target(self, each: Expression) -> None:
         self._statement = decode_target(_extension(each), self._family)
+
+
+_READERS: dict[str, Callable[[_Reader, Expression], None]] = {
+    "meta": _Reader.meta,
+    "payload": _Reader.payload,
+    "bitwise": _Reader.bitwise,
+    "cmp": _Reader.cmp,
+    "range": _Reader.range,
+    "match": _Reader.match,
+    "limit": _Reader.limit,
+    "counter": _Reader.counter,
+    "immediate": _Reader.immediate,
+    "target": _Reader.target,
+}
 
 
 def _interface(direction: Literal["in", "out"], name: bytes, *, negate: bool) -> IfaceMatch | None:
@@ -294,11 +252,6 @@ def _extension(each: Expression) -> Extension:
 
 def _value(each: Expression, kind: int) -> bytes:
     return parse_attributes(each.attributes.get(kind, b"")).get(NFTA_DATA_VALUE, b"")
-
-
-def _verdict(each: Expression) -> dict[int, bytes]:
-    data = parse_attributes(each.attributes.get(2, b""))
-    return parse_attributes(data.get(NFTA_DATA_VERDICT, b""))
 
 
 def _foreign(each: Expression) -> DecodeError:

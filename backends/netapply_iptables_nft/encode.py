@@ -148,7 +148,7 @@ def _add_header(header: dict[str, bytes], each: IfaceMatch | AddressMatch | Prot
         case AddressMatch():
             field, encoded = each.side, _address(each, family)
         case ProtocolMatch():
-            field, encoded = "protocol", meta(NFT_META_L4PROTO) + cmp(NFT_CMP_EQ, bytes([each.protocol]))
+            field, encoded = "protocol", _protocol(each.protocol)
         case _:
             assert_never(each)
     if field in header:
@@ -156,6 +156,12 @@ def _add_header(header: dict[str, bytes], each: IfaceMatch | AddressMatch | Prot
     header[field] = encoded
 
 
+@lru_cache(maxsize=256)
+def _protocol(protocol: int) -> bytes:
+    return meta(NFT_META_L4PROTO) + cmp(NFT_CMP_EQ, bytes([protocol]))
+
+
+@lru_cache(maxsize=256)
 def _interface(each: IfaceMatch) -> bytes:
     name = each.name.encode()
     if not 0 < len(name) <= INTERFACE_SIZE or name == b"+":
@@ -199,6 +205,7 @@ def _match(each: Beyond, protocol: int) -> bytes:
             assert_never(each)
 
 
+@lru_cache(maxsize=256)
 def _statement(statement: Statement, family: Family) -> bytes:
     match statement:
         case Jump():

@@ -10,7 +10,8 @@ from netapply.backend import OURS, Counters, Owned
 from netapply.errors import DecodeError
 from netapply.ruleset import Chain, Jump, Rule, Ruleset, Table
 from netapply_iptables_nft.builtin import BUILT_IN, TABLES
-from netapply_iptables_nft.decode import SetNames, counters_of, decode_rule, jump_target, without_state
+from netapply_iptables_nft.decode import SetNames, decode_rule
+from netapply_iptables_nft.dumped import counters_of, jump_target, without_state
 from netapply_iptables_nft.tables import AT_THE_END, ChainState, RuleState, TableKey, TableState
 from netapply_wire.ipset import Listed
 
@@ -64,7 +65,7 @@ class Snapshot:
         """Each table that there is, told apart."""
         return {key: _tell_apart(self, key) for key in TABLES if key in self.tables}
 
-    @cached_property
+    @property
     def ruleset(self) -> Ruleset | None:
         """Ours, decoded; None when nothing of ours is there.
 
@@ -77,7 +78,7 @@ class Snapshot:
             return None
         return Ruleset(tuple(tables), tuple(listed.decode() for listed in self.sets))
 
-    @cached_property
+    @property
     def counters(self) -> Counters:
         """Packets and bytes of each of our rules."""
         return {
@@ -87,7 +88,7 @@ class Snapshot:
             for index, rule in enumerate(rules)
         }
 
-    @cached_property
+    @property
     def foreign(self) -> object:
         """Tables, chains, policies and rules that are not ours, with the counters left out."""
         told = ((*key, not view.state.ours, tuple(_foreign(view))) for key, view in self.views.items())

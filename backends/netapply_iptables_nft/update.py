@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 from netapply.errors import ConflictError, UnsupportedError
 from netapply.ruleset import FAMILIES, Chain, Family, Rule, Ruleset, Table
 from netapply_iptables_nft.builtin import BUILT_IN, HOOKS, TABLES
-from netapply_iptables_nft.decode import jump_target
+from netapply_iptables_nft.dumped import jump_target
 from netapply_iptables_nft.encode import encode_rule
 from netapply_iptables_nft.operations import Change, TableOperations
 from netapply_iptables_nft.snapshot import Placed, Rules, Snapshot, View

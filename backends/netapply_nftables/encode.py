@@ -127,11 +127,15 @@ def _encode_match(match: Match, family: Family | None) -> bytes:
         case ProtocolMatch():
             return nft.meta(nft.NFT_META_L4PROTO) + nft.cmp(nft.NFT_CMP_EQ, bytes((match.protocol,)))
         case PortMatch():
+            if not match.ranges:
+                raise UnsupportedError("a match of no ports at all")
             first, last = match.ranges[0]
             return _load_port(match) + _within(_BE16.pack(first), _BE16.pack(last), negate=match.negate)
         case OwnerMatch():
             return _owner(match)
         case CgroupMatch():
+            if not match.path:
+                raise UnsupportedError("the root cgroup holds every process: a match of it says nothing")
             level = nft.socket(nft.NFT_SOCKET_CGROUPV2, match.path.count("/") + 1)
             return level + nft.cmp(int(match.negate), match.id.to_bytes(8, sys.byteorder))
         case MarkMatch():
@@ -182,6 +186,10 @@ def _load_port(match: PortMatch) -> bytes:
 
 
 def _within(first: bytes, last: bytes, *, negate: bool) -> bytes:
+    if first > last:
+        raise UnsupportedError(
+            f"a range whose first, {int.from_bytes(first)}, is beyond its last, {int.from_bytes(last)}"
+        )
     return nft.cmp(int(negate), first) if first == last else nft.in_range(first, last, negate=negate)
 
 
@@ -189,8 +197,7 @@ def _owner(match: OwnerMatch) -> bytes:
     load = nft.meta(OWNER_KEYS[match.id])
     if match.first == match.last:
         return load + nft.cmp(int(match.negate), _HOST32.pack(match.first))
-    span = nft.in_range(_BE32.pack(match.first), _BE32.pack(match.last), negate=match.negate)
-    return load + nft.hton(4) + span
+    return load + nft.hton(4) + _within(_BE32.pack(match.first), _BE32.pack(match.last), negate=match.negate)
 
 
 def _masked(match: MarkMatch | ConnmarkMatch) -> bytes:

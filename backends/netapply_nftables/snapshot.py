@@ -10,7 +10,7 @@ from typing import NamedTuple
 from netapply.backend import Counters
 from netapply.errors import DecodeError
 from netapply.kernel import Kernel
-from netapply.ruleset import Base, Chain, ChainType, Hook, Jump, NamedSet, PortRange, Rule, Ruleset, Table
+from netapply.ruleset import Base, Chain, ChainType, Hook, Jump, NamedSet, PortRange, Rule, Ruleset, Table, TProxy
 from netapply_nftables.decode import ANONYMOUS_SET, PortSets, decode_rule, is_fallback
 from netapply_nftables.sets import NFT_SET_ANONYMOUS, NFTA_SET_NAME, decode_named_set, decode_port_set, set_flags
 from netapply_wire.expressions import (
@@ -154,15 +154,22 @@ class Snapshot:
         by_chain: dict[str, tuple[list[Rule], list[tuple[int, int]]]] = {
             text(message.attributes[NFTA_CHAIN_NAME]): ([], []) for message in self.contents.chains
         }
+        halves: dict[str, Rule] = {}  # TProxy rules whose second half should come next in their chain
         for message in self.contents.rules:
-            rules, counts = by_chain[text(message.attributes[NFTA_RULE_CHAIN])]
+            chain = text(message.attributes[NFTA_RULE_CHAIN])
+            rules, counts = by_chain[chain]
             dumped = message.attributes.get(NFTA_RULE_EXPRESSIONS, b"")
             userdata = message.attributes.get(NFTA_RULE_USERDATA, b"")
             expressions, packets, octets = split_counter(dumped)
             looked_up = tuple(self._port_sets.items()) if ANONYMOUS_SET in expressions else ()
-            if rules and is_fallback(expressions, userdata, looked_up, rules[-1]):
+            half = halves.pop(chain, None)
+            if half and is_fallback(expressions, userdata, looked_up, half):
+                rules[-1] = half
                 continue
-            rules.append(_decode(expressions, userdata, looked_up))
+            rule = _decode(expressions, userdata, looked_up)
+            if isinstance(rule.statement, TProxy):
+                halves[chain], rule = rule, _strange("half a tproxy rule")
+            rules.append(rule)
             counts.append((packets, octets))
         return {chain: (tuple(rules), tuple(counts)) for chain, (rules, counts) in by_chain.items()}
 
@@ -173,7 +180,11 @@ def _decode(expressions: bytes, userdata: bytes, port_sets: PortSets) -> Rule:
     try:
         return decode_rule(expressions, userdata, port_sets)
     except DecodeError:
-        return Rule((), Jump(f"<rule {hashlib.sha256(expressions + userdata).hexdigest()[:16]}>"))
+        return _strange(f"rule {hashlib.sha256(expressions + userdata).hexdigest()[:16]}")
+
+
+def _strange(what: str) -> Rule:
+    return Rule((), Jump(f"<{what}>"))
 
 
 def _hook(message: Message) -> dict[int, bytes]:

@@ -68,7 +68,10 @@ def parse_expressions(data: bytes) -> list[Expression]:
     return found
 
 
-_COUNTER = Struct(">4xQ4xQ")  # NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
+_COUNTED = Struct(">4xQ4xQ")  # NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
+#: A counter at zero as the kernel dumps it: without the flags of nested attributes.
+_DUMPED_COUNTER = attr(NFTA_LIST_ELEM, string(NFTA_EXPR_NAME, "counter") + attr(NFTA_EXPR_DATA, u64(1, 0) + u64(2, 0)))
+_COUNTER_HEAD = _DUMPED_COUNTER[:-24]
 
 
 def split_counter(data: bytes) -> tuple[bytes, int, int]:
@@ -76,13 +79,14 @@ def split_counter(data: bytes) -> tuple[bytes, int, int]:
 
     The first counter is meant; without one the payload is as it was, and nothing was counted.
     """
-    zero = counter()
-    head = zero[:20]  # list element, name and data headers
-    at = data.find(head)
-    if at < 0 or len(data) < at + len(zero):
-        return data, 0, 0
-    octets, packets = _COUNTER.unpack_from(data, at + len(head))
-    return data[:at] + zero + data[at + len(zero) :], packets, octets
+    at = data.find(_COUNTER_HEAD)
+    if at >= 0:  # the quick way, by the shape that all kernels have dumped so far
+        octets, packets = _COUNTED.unpack_from(data, at + len(_COUNTER_HEAD))
+        return data[:at] + _DUMPED_COUNTER + data[at + len(_DUMPED_COUNTER) :], packets, octets
+    for item in parse_expressions(data):
+        if item.name == "counter":
+            return data, item.number(2), item.number(1)
+    return data, 0, 0
 
 
 # --- loads ---------------------------------------------------------------------------------------------------

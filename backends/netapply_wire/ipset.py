@@ -29,7 +29,7 @@ FAMILY: dict[Family, int] = {"ip": 2, "ip6": 10}  # NFPROTO_IPV4, NFPROTO_IPV6
 CREATE, DESTROY, LIST, ADD, DEL = 2, 3, 7, 9, 10  # enum ipset_cmd
 ATTR_PROTOCOL, ATTR_NAME, ATTR_TYPE, ATTR_REVISION, ATTR_FAMILY = 1, 2, 3, 4, 5
 ATTR_FLAGS, ATTR_DATA, ATTR_ADT, ATTR_LINE = 6, 7, 8, 9
-DATA_IP, DATA_CIDR, DATA_HASHSIZE, DATA_MAXELEM, DATA_ELEMENTS = 1, 3, 18, 19, 24
+DATA_IP, DATA_CIDR, DATA_HASHSIZE, DATA_MAXELEM, DATA_ELEMENTS, DATA_REFERENCES = 1, 3, 18, 19, 24, 25
 LIST_HEADER = 4  # IPSET_FLAG_LIST_HEADER
 NET_ORDER = 0x4000  # NLA_F_NET_BYTEORDER
 
@@ -89,13 +89,17 @@ class DestroySet(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """A set that stands in the kernel and holds `held` elements, which are in `raw` as netlink gave them."""
+    """A set that stands in the kernel and holds `held` elements, which are in `raw` as netlink gave them.
+
+    `references` counts the rules that use it, in whatever dialect.
+    """
 
     name: str
     type: str
     family: int
     held: int
     raw: tuple[bytes, ...]
+    references: int = 0
 
     def decode(self) -> NamedSet:
         """The set with its elements, sorted. Raises DecodeError for a set that `CreateSet` does not make."""
@@ -181,9 +185,16 @@ def find_set(kernel: Kernel, name: str) -> Listed | None:
     head = next((part for part in parts if ATTR_TYPE in part), None)
     if head is None:
         return None
-    held = number(parse_attributes(head[ATTR_DATA])[DATA_ELEMENTS])
+    data = parse_attributes(head[ATTR_DATA])
     raw = tuple(part[ATTR_ADT] for part in parts if ATTR_ADT in part)
-    return Listed(name, text(head[ATTR_TYPE]), head[ATTR_FAMILY][0], held, raw)
+    return Listed(
+        name,
+        text(head[ATTR_TYPE]),
+        head[ATTR_FAMILY][0],
+        number(data[DATA_ELEMENTS]),
+        raw,
+        number(data[DATA_REFERENCES]),
+    )
 
 
 def loaded(kernel: Kernel) -> bool:

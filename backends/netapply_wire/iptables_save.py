@@ -125,7 +125,7 @@ def save_rule(rule: Rule, family: Family) -> str:
     return front + "".join(words) + comment + f" -j {_statement(rule.statement, family)}"
 
 
-def _match(match: Match, protocol: int) -> str:  # noqa: C901, PLR0911 - one case a match
+def _match(match: Match, protocol: int) -> str:
     match match:
         case IfaceMatch() | AddressMatch() | ProtocolMatch():
             return ""
@@ -160,7 +160,7 @@ def _ports(match: PortMatch, protocol: int) -> str:
     return f" -m multiport{_not(match)} --{option}s {text}"
 
 
-def _statement(statement: Statement, family: Family) -> str:  # noqa: C901, PLR0911 - one case a statement
+def _statement(statement: Statement, family: Family) -> str:
     match statement:
         case Jump():
             return statement.chain
@@ -184,7 +184,7 @@ def _statement(statement: Statement, family: Family) -> str:  # noqa: C901, PLR0
         case SetZone():
             return f"CT --zone {statement.zone}" if statement.zone else "CT"
         case Log():
-            return f"LOG --log-prefix {_quoted(statement.prefix, always=True)}" if statement.prefix else "LOG"
+            return f"LOG --log-prefix {_quoted(statement.prefix)}" if statement.prefix else "LOG"
         case _:
             assert_never(statement)
 
@@ -210,9 +210,9 @@ def _rate(rate: int) -> str:
     return f"{shown[1] // interval}/{shown[0]}"
 
 
-def _quoted(text: str, *, always: bool = False) -> str:
+def _quoted(text: str) -> str:
     """As xtables_save_string of libxtables."""
-    if not always and _PLAIN.fullmatch(text):
+    if _PLAIN.fullmatch(text):
         return text
     escaped = _ESCAPED.sub(r"\\\1", text)
     return f'"{escaped}"'

@@ -105,7 +105,7 @@ _LOG_WARNING = 4  # the level that iptables logs with by default
 # --- matches -------------------------------------------------------------------------------------------------
 
 
-def match_extension(match: Match, protocol: int) -> Extension | None:  # noqa: C901, PLR0911 - one case a match
+def match_extension(match: Match, protocol: int) -> Extension | None:
     """The extension of a match; None for what lives in the ip header (interface, address, protocol).
 
     `protocol` is the rule's, 6 or 17, for ports. A SetMatch has index 0 (see `SET_INDEX_OFFSET`).
@@ -188,7 +188,7 @@ def decode_match(ext: Extension, sets: Mapping[int, str] = {}) -> Match:
     return found
 
 
-def _parse_match(ext: Extension, sets: Mapping[int, str]) -> Match | None:  # noqa: C901, PLR0911 - one case a match
+def _parse_match(ext: Extension, sets: Mapping[int, str]) -> Match | None:
     name, _, info = ext
     if name in ("tcp", "udp"):
         first_s, last_s, first_d, last_d, invert = (_TCP if name == "tcp" else _UDP).unpack(info)
@@ -256,7 +256,7 @@ def decode_comment(ext: Extension) -> str:
 # --- targets -------------------------------------------------------------------------------------------------
 
 
-def target_extension(statement: Statement, family: Family) -> Extension | None:  # noqa: C901, PLR0911, PLR0912 - one case a target
+def target_extension(statement: Statement, family: Family) -> Extension | None:
     """The extension of a statement; None for a standard verdict or jump. Raises UnsupportedError."""
     match statement:
         case Jump() | Return() | Accept() | Drop():
@@ -303,7 +303,7 @@ def decode_target(ext: Extension, family: Family) -> Statement:
     return found
 
 
-def _parse_target(ext: Extension, family: Family) -> Statement | None:  # noqa: PLR0911 - one case a target
+def _parse_target(ext: Extension, family: Family) -> Statement | None:
     name, _, info = ext
     if name == "REDIRECT":
         return Redirect(_swap(_REDIRECT[family].unpack(info)[-1]))

@@ -189,9 +189,9 @@ def schema(_: argparse.Namespace, printer: Printer) -> int:
 
 def demo(arguments: argparse.Namespace, printer: Printer) -> int:
     """Send real packets."""
-    from netapply.demo import run_demo
+    from netapply.cli.demo import Mode, run_demo
 
-    modes = ("redirect", "tproxy") if arguments.mode == "both" else (arguments.mode,)
+    modes: tuple[Mode, ...] = ("redirect", "tproxy") if arguments.mode == "both" else (arguments.mode,)
     return run_demo(printer, backends=tuple(arguments.backend or ()), modes=modes, keep=arguments.keep)
 
 

@@ -1,4 +1,4 @@
-"""What the command prints: text for people, JSON for programs. Colour only on a terminal, and not where NO_COLOR is set."""
+"""What the command prints: text for people, JSON for programs. Colour only on a terminal, and never with NO_COLOR."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2", "bold": "1"}
 
 
 class Printer:
-    """One command's output. `form` is "text" or "json"; a JSON output is one object on standard output, also for errors."""
+    """One command's output. `form` is "text" or "json": one object on standard output, also for errors."""
 
     def __init__(self, form: str, out: TextIO, err: TextIO) -> None:
         self.json = form == "json"

@@ -24,7 +24,7 @@ NATIVE_SHIFT = 5
 
 
 class Part(NamedTuple):
-    """Rules for one chain, for some families. `chain` is a built-in one's name, or ours; `place` counts only for the former."""
+    """Rules for one chain, for some families. `chain` is a built-in one, or ours; `place` counts for the former."""
 
     table: TableName
     chain: str

@@ -87,7 +87,7 @@ def _nat(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
 
 
 def _tproxy(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
-    """Inbound TPROXY. The mark brings captured packets, and the answers to a proxy that borrows the client's address, to lo."""
+    """Inbound TPROXY. The mark brings to `lo`: captured packets, answers to a proxy that borrows client addresses."""
     plan = terms.plan
     mark, path = plan.inbound.tproxy.mark, "inbound.tproxy.mark"
     is_marked = MarkMatch(mark.value, mark.mask)

@@ -9,10 +9,11 @@ import asyncio
 import os
 import socket
 import tempfile
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from netapply.api import Capture, open_capture
 from netapply.backend import BUILT_IN, find_backend
+from netapply.cli.output import Printer
 from netapply.compiler import compile_plan
 from netapply.evaluate import evaluate
 from netapply.flow import TCP, Flow
@@ -20,9 +21,6 @@ from netapply.lab import ADDRESSES, Answer, Lab, Traffic, traffic_types
 from netapply.lab.network import IFACE
 from netapply.plan import CapturePlan, Inbound, InboundPorts
 from netapply.ruleset import PortRange, Ruleset
-
-if TYPE_CHECKING:
-    from netapply.cli.output import Printer
 
 Mode: TypeAlias = Literal["redirect", "tproxy"]
 DIRECT_PORTS = (PortRange(15020, 15021), PortRange(15090, 15090))
@@ -151,7 +149,9 @@ def _print_round(each: Round, printer: Printer) -> None:
         )
         for shown in each.flows
     ]
-    printer.table(("TYPE", "FLOW", "FAMILY", "EXPECTED", "ANSWERED", "DECIDED BY RULE", "BECAUSE OF", "COUNTED", ""), rows)
+    printer.table(
+        ("TYPE", "FLOW", "FAMILY", "EXPECTED", "ANSWERED", "DECIDED BY RULE", "BECAUSE OF", "COUNTED", ""), rows
+    )
     if each.kept:
         pod, remote = each.kept
         printer.line(f"kept: nsenter --net=/run/netns/{pod} ip addr; and {remote}. netapply clean -N {pod}")

@@ -1,0 +1,55 @@
+# make demo   everything set up, then real packets through the three dialects
+# make test   everything set up, the oracles too, then all tests
+# Both work on a fresh Debian machine, as root: network namespaces and netfilter are the subject.
+
+VENV   ?= .venv
+PYTHON ?= python3
+PY     := $(VENV)/bin/python
+ORACLES := iptables nftables conntrack libnftables1 iproute2 strace util-linux
+
+.PHONY: demo test lint types layers wheel check clean oracles
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/netapply demo
+
+test: $(VENV)/.installed oracles
+	$(PY) -m coverage run -m pytest $(PYTEST)
+	@$(PY) -m coverage report --skip-covered --skip-empty --sort=cover > coverage.txt; tail -n 1 coverage.txt
+
+# One environment for all: the project, editable, and what tests and linters need.
+$(VENV)/.installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import ensurepip' 2>/dev/null || apt-get install -y -qq python3 python3-venv
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --editable '.[reader,dev]'
+	touch $@
+
+# Readers that are not ours, for the tests alone: the product starts no program.
+oracles:
+	@for tool in iptables nft conntrack ip strace nsenter; do \
+	  command -v $$tool >/dev/null || { apt-get update -qq && apt-get install -y -qq $(ORACLES); break; }; done
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pyright
+
+layers: $(VENV)/.installed
+	$(VENV)/bin/lint-imports
+
+# What users install: built, put into an environment of its own, and tested from there.
+wheel: $(VENV)/.installed oracles
+	rm -rf dist build/wheel && mkdir -p build/wheel
+	$(PY) -m build --wheel --outdir dist . >/dev/null
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet dist/*.whl pytest pytest-asyncio hypothesis
+	cp -r tests pyproject.toml build/wheel/
+	cd build/wheel && venv/bin/netapply demo >demo.txt || { cat demo.txt; exit 1; }
+	cd build/wheel && venv/bin/python -m pytest -q -p no:cacheprovider tests/test_promises.py
+
+check: lint types layers wheel test
+
+clean:
+	rm -rf $(VENV) dist build coverage.txt .coverage
