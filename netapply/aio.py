@@ -1,14 +1,18 @@
 """The same for asyncio: each call runs in a worker thread, and a cancelled one rolls back before it lets go.
 
-async with netapply.aio.open_capture("pod-1") as capture:
-    await capture.apply(plan)
+    async with netapply.aio.open_capture("pod-1") as capture:
+        await capture.apply(plan)
+
+A call that is cancelled waits for its thread: no second call meets the namespace half-way. What the thread raised is
+the cause of the CancelledError, so a roll-back that did not hold is not lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -28,8 +32,12 @@ class AsyncCapture:
         self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
-        async with self._turn:
-            await self._opened()
+        try:
+            async with self._turn:
+                await self._opened()
+        except BaseException:
+            await self.close()  # cancelled: the thread may have opened it all the same, and nobody will leave it
+            raise
         return self
 
     async def __aexit__(
@@ -38,7 +46,11 @@ class AsyncCapture:
         await self.close()
 
     async def apply(self, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Result:
-        """Make the namespace hold `plan`. Cancelled: it is as it was before CancelledError is raised."""
+        """Make the namespace hold `plan`.
+
+        Cancelled while there are steps to come, the namespace is as it was before CancelledError is raised, from an
+        ApplyError that says so. Cancelled later than that, the plan stands, and the CancelledError has no cause.
+        """
         stop = threading.Event()
         return await self._run(
             lambda capture: capture.apply(plan, backend=backend, layout=layout, cancelled=stop.is_set), stop
@@ -69,35 +81,36 @@ class AsyncCapture:
         async with self._turn:
             capture, self._capture = self._capture, None
             if capture is not None:
-                await asyncio.to_thread(capture.close)
+                await _to_the_end(capture.close)
 
     async def _opened(self) -> api.CaptureLike:
-        if self._capture is None:
-            self._capture = await asyncio.to_thread(self._opener)
-        return self._capture
+        if self._capture is not None:
+            return self._capture
+
+        def open_it() -> api.CaptureLike:
+            self._capture = self._opener()  # here, as a cancelled caller would lose what the thread returns
+            return self._capture
+
+        return await _to_the_end(open_it)
 
     async def _run(self, work: Callable[[api.CaptureLike], T], stop: threading.Event | None = None) -> T:
         async with self._turn:
             capture = await self._opened()
-            return await _to_the_end(asyncio.to_thread(work, capture), stop)
+            return await _to_the_end(lambda: work(capture), stop)
 
 
-async def _to_the_end(work: Awaitable[T], stop: threading.Event | None) -> T:
-    """Await `work`; when cancelled, ask it to stop, and wait for it all the same: a thread cannot be left half-way."""
-    task = asyncio.ensure_future(work)
+async def _to_the_end(work: Callable[[], T], stop: threading.Event | None = None) -> T:
+    """Run `work` in a thread; when cancelled, ask it to stop, and wait all the same: it cannot be left half-way."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(task)
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as cancelled:
         if stop is not None:
             stop.set()
         while not task.done():
-            try:
+            with suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
-            except asyncio.CancelledError:
-                continue
-        if not task.cancelled():
-            task.exception()  # looked at, so that asyncio does not report it as lost
-        raise
+        raise cancelled from (None if task.cancelled() else task.exception())
 
 
 def open_capture(

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any, Protocol, TypeAlias, TypeVar, assert_never, cast
 
 from netapply.backend import OURS, Backend, find_backend
-from netapply.errors import ConflictError, NetapplyError, UnsupportedError
+from netapply.errors import ConflictError, KernelError, NetapplyError, UnsupportedError
 from netapply.kernel import NETLINK_NETFILTER, Kernel
 from netapply.lookups import cgroup_id
 from netapply.results import Change
@@ -101,15 +101,17 @@ def deep_changes(namespace: Kernel, backend_name: str) -> tuple[Change, ...]:
 
 
 def _context() -> _Context:
-    """A new context in the namespace of this thread. Raises UnsupportedError."""
+    """A new context in the namespace of this thread. Raises UnsupportedError, KernelError."""
     from ctypes import CDLL
     from importlib import import_module
 
     try:
-        # The library ends the process where it gets no netlink socket; the binding, where it finds no library,
-        # leaves half an object that complains on stderr. So both are tried first.
+        # The library ends the process where it gets no netlink socket.
         socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER).close()
-        CDLL(LIBRARY)
+    except OSError as error:
+        raise KernelError("open a netlink socket", error.errno or 0) from error
+    try:
+        CDLL(LIBRARY)  # where this fails, the binding would leave half an object that complains on stderr
         return cast("_Context", import_module("nftables").Nftables())
     except ImportError as error:
         lacking = f"the Python module `nftables` is missing ({error})"
@@ -186,13 +188,15 @@ def _blocks(text: str, cgroup: Callable[[str], int]) -> Blocks:
     where = ""
     for line in text.splitlines():
         words = line.split()
+        if words in ([], ["}"]) and line != "}":
+            continue
         if not line.startswith("\t"):
             where = table if line.startswith(f"table {table} {{") else ""
+        if not where or not line.startswith("\t"):
             continue
-        if not where or words in ([], ["}"]):
-            continue
-        if line.endswith("{") and not line.startswith("\t\t"):
-            where = f"{table} {words[1]}" if words[0] == "chain" else f"{words[0]} {words[1]}"
+        if line.endswith(" {") and not line.startswith("\t\t"):
+            block = line[1:-2]
+            where = f"{table} {block[6:]}" if block.startswith("chain ") else block
         lines = found.setdefault(where, [])
         lines += _elements(line.strip()) if where.startswith("set ") else [_line(line.strip(), cgroup)]
     return found
@@ -324,20 +328,23 @@ def _described(text: str) -> dict[str, list[str]]:
         raise UnsupportedError(
             "libnftables printed no JSON; it may be built without", next_step="install libnftables1 of Debian"
         ) from error
-    heads: dict[str, str] = {}
+    built_in: dict[str, str] = {}
     found: dict[str, list[str]] = {}
     for item in items:
         chain, rule = item.get("chain"), item.get("rule")
         if chain and chain["table"] in _TABLES:
             where = f"{chain['family']} {chain['table']} {chain['name']}"
             if "hook" in chain:
-                heads[where] = f"type {chain['type']} hook {chain['hook']} priority {chain['prio']}"
+                built_in[where] = f"type {chain['type']} hook {chain['hook']} priority {chain['prio']}"
             elif chain["name"].startswith(OURS.prefix):
                 found[where] = ["chain"]
         elif rule and rule["table"] in _TABLES:
             where = f"{rule['family']} {rule['table']} {rule['chain']}"
-            if where in found or (where in heads and _target(rule["expr"]).startswith(OURS.prefix)):
-                found.setdefault(where, [heads.get(where, "")]).append(_described_rule(rule["expr"]))
+            if where in built_in and _target(rule["expr"]).startswith(OURS.prefix):
+                found.setdefault(where, [built_in[where]])
+            elif where in built_in or where not in found:
+                continue
+            found[where].append(_described_rule(rule["expr"]))
     return found
 
 

@@ -13,8 +13,8 @@
 For asyncio: `netapply.aio.AsyncCapture(lambda: kernel.open("pod-1"))`.
 
 Plans are compiled, compared, degraded and walked by the code that the real thing uses; results and exceptions are its
-own, held equal by tests that run against both. Only the names of steps are simpler, and settings under /proc/sys, the
-host's rules and the time that things take are not modelled.
+own, and tests hold them equal. Simpler here are the names of steps, the order of chains in `show`, and which counters
+survive another plan. Other people's rules, settings under /proc/sys and locks are not modelled.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class FakeNamespace:
         self.turn = threading.Lock()
 
     def put(self, backend: str, ruleset: Ruleset | None) -> None:
-        """Have `ruleset` stand in the dialect of `backend`, None for nothing. Chains that stay the same keep counting."""
+        """Have `ruleset` stand in the dialect of `backend`, None for nothing. Chains that stay alike keep counting."""
         old, new = self.rulesets.pop(backend, Ruleset()), ruleset or Ruleset()
         if new.tables:
             self.rulesets[backend] = new

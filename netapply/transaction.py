@@ -89,7 +89,7 @@ class Transaction:
         return tuple(self._done)
 
     def _undo(self, before: State, known: Routing, entry: Entry, error: BaseException) -> None:
-        """Back to `before`. Raises ApplyError, saying whether that held; returns if it did and `error` is an interrupt."""
+        """Back to `before`. Raises ApplyError, saying whether that held; returns after an interrupt, if it did."""
         failed, self._done, self._cancelled = self._step, [], lambda: False
         try:
             created = self._converge(before, known)

@@ -142,6 +142,7 @@ def test_clean_leaves_foreign_rules_byte_for_byte(netns: Netns, kernel: Namespac
 def test_clean_leaves_tables_that_were_there_before_though_empty(netns: Netns, kernel: Namespace) -> None:
     for verb in ("-A", "-D"):
         netns.run("iptables-nft", "-t", "nat", verb, "OUTPUT", "-j", "ACCEPT")
+    netns.run("nft", "add", "table", "ip6", "nat")
     before = listed(netns)
     assert "chain OUTPUT" in before
     apply(kernel, SEED)
@@ -257,12 +258,28 @@ def test_a_built_in_name_at_another_priority_is_a_conflict(netns: Netns, kernel:
         apply(kernel, SEED)
 
 
+def test_a_base_chain_under_a_name_of_ours_is_a_conflict(netns: Netns, kernel: Namespace) -> None:
+    netns.run("nft", "add", "table", "ip", "nat")
+    netns.run("nft", "add", "chain", "ip", "nat", "NETAPPLY_OUTPUT", "{ type nat hook output priority 5; }")
+    with pytest.raises(ConflictError, match="NETAPPLY_OUTPUT is somebody else's"):
+        apply(kernel, SEED)
+
+
 def test_an_unreadable_rule_in_our_chain_is_drift_and_is_replaced(netns: Netns, kernel: Namespace) -> None:
     apply(kernel, SEED)
     netns.run("nft", "add", "rule", "ip", "nat", "NETAPPLY_OUTPUT", "ip", "ttl", "5", "counter", "accept")
     assert BACKEND.read(kernel).ruleset != SEED
     assert apply(kernel, SEED) == ["batch ip"]
     assert BACKEND.read(kernel).ruleset == SEED
+
+
+def test_a_comment_that_is_not_last_is_not_of_our_making(netns: Netns, kernel: Namespace) -> None:
+    """Read as last it would compare equal, and yet not be what iptables-nft -C looks for."""
+    apply(kernel, nat())
+    words = "-m comment --comment x -m owner --uid-owner 1337 -j RETURN"
+    netns.run("iptables-nft", "-t", "nat", "-A", "NETAPPLY_OUTPUT", *words.split())
+    assert apply(kernel, nat(OWN._replace(comment="x"))) == ["batch ip, ip6"]
+    assert BACKEND.encode(BACKEND.read(kernel), nat(OWN._replace(comment="x"))) == ()
 
 
 def test_a_strange_rule_elsewhere_is_foreign(netns: Netns, kernel: Namespace) -> None:
@@ -287,11 +304,22 @@ def test_chains_are_read_in_the_order_in_which_they_were_asked_for(kernel: Names
         assert BACKEND.read(kernel).ruleset == ruleset
 
 
-def test_chains_that_stay_the_same_keep_their_counters(netns: Netns, kernel: Namespace) -> None:
-    def send() -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.sendto(b"x", ("127.0.0.1", 9))
+def send() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"x", ("127.0.0.1", 9))
 
+
+def test_foreign_is_equal_while_only_counters_move(netns: Netns, kernel: Namespace) -> None:
+    netns.run("iptables-nft", "-A", "OUTPUT", "-p", "udp", "-j", "ACCEPT")
+    before, rules = BACKEND.read(kernel).foreign, saved(netns)
+    netns.enter(send)
+    assert saved(netns) != rules
+    assert BACKEND.read(kernel).foreign == before
+    netns.run("iptables-nft", "-A", "OUTPUT", "-p", "udp", "-j", "ACCEPT")
+    assert BACKEND.read(kernel).foreign != before
+
+
+def test_chains_that_stay_the_same_keep_their_counters(netns: Netns, kernel: Namespace) -> None:
     count = Chain("NETAPPLY_COUNT", (Rule((UDP,), Return()),))
     to_count = Rule((), Jump("NETAPPLY_COUNT"))
 
@@ -387,7 +415,8 @@ def test_unknown_attributes_of_an_expression_are_tolerated() -> None:
 def test_an_extension_that_the_kernel_lacks_is_found_missing(kernel: Namespace) -> None:
     lacking = Needed("log", "match", "nonesuch", 0, "xt_nonesuch")
     present = Needed("", "match", "tcp", 0, "x_tables")
-    assert list(missing_extensions(kernel, (lacking, present, lacking))) == [lacking, lacking]
+    other = Needed("ip6", "target", "NONESUCH", 3, "xt_NONESUCH", "ip6")
+    assert list(missing_extensions(kernel, (lacking, present, other))) == [lacking, other]
 
 
 class Denied:

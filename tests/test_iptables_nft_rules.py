@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from netapply.errors import UnsupportedError
+from netapply.errors import DecodeError, UnsupportedError
 from netapply.namespace import Namespace
 from netapply.ruleset import (
     AddressMatch,
@@ -25,9 +25,26 @@ from netapply.ruleset import (
     Ruleset,
 )
 from netapply_iptables_nft import BACKEND
+from netapply_iptables_nft.decode import decode_rule
 from netapply_iptables_nft.dumped import without_state
 from netapply_iptables_nft.encode import encode_rule
 from netapply_iptables_nft.tables import read_tables
+from netapply_wire.expressions import (
+    NFT_CMP_EQ,
+    NFT_CMP_LTE,
+    NFT_GOTO,
+    NFT_META_OIFNAME,
+    NFT_RETURN,
+    bitwise,
+    cmp,
+    counter,
+    expression,
+    meta,
+    payload,
+    target,
+    verdict,
+)
+from netapply_wire.nfnetlink import u32, u64
 from tests import netns as namespaces
 from tests.iptables_nft_rules import rulesets
 from tests.netns import Netns
@@ -209,3 +226,43 @@ def test_what_iptables_cannot_say_is_refused(matches: tuple[object, ...]) -> Non
     """A rule that iptables would misread is refused before the kernel is touched."""
     with pytest.raises(UnsupportedError):
         encode_rule(Rule(matches, Return()), "ip")
+
+
+OIF = meta(NFT_META_OIFNAME) + cmp(NFT_CMP_EQ, b"lo\0")
+DADDR = payload(1, 16, 4)
+RETURN = verdict(NFT_RETURN)
+
+
+@pytest.mark.parametrize(
+    "expressions",
+    [
+        OIF + RETURN,
+        counter() + counter() + RETURN,
+        OIF + counter(),
+        counter() + RETURN + OIF,
+        OIF + OIF + counter() + RETURN,
+        meta(NFT_META_OIFNAME) + counter() + RETURN,
+        meta(NFT_META_OIFNAME) + DADDR + cmp(NFT_CMP_EQ, b"\n") + counter() + RETURN,
+        DADDR + bitwise(b"\xff\0\0\0", b"\1\0\0\0") + cmp(NFT_CMP_EQ, b"\n\0\0\0") + counter() + RETURN,
+        DADDR + bitwise(b"\xff\0\xff\0") + cmp(NFT_CMP_EQ, b"\n\0\0\0") + counter() + RETURN,
+        DADDR + cmp(NFT_CMP_LTE, b"\n\0\0\0") + counter() + RETURN,
+        payload(1, 8, 1) + cmp(NFT_CMP_EQ, b"\5") + counter() + RETURN,
+        expression("limit", u64(1, 5), u64(2, 60), u32(3, 5), u32(4, 1), u32(5, 0)) + counter() + RETURN,
+        expression("limit", u64(1, 5), u64(2, 60), u32(3, 5), u32(4, 0), u32(5, 1)) + counter() + RETURN,
+        counter() + verdict(NFT_GOTO, "NETAPPLY_OUTPUT"),
+        counter() + target("REDIRECT", 1, bytes(24)),
+    ],
+    ids=[
+        "no counter", "two counters", "no statement", "match after statement", "a field twice", "load without compare",
+        "load over a load", "xor", "a mask with holes", "less than", "another field", "bytes a minute",
+        "over a limit", "goto", "another revision",
+    ],
+)  # fmt: skip
+def test_what_we_would_not_write_is_not_read_as_ours(expressions: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode_rule(without_state(expressions), "ip")
+
+
+def test_bytes_that_are_no_expressions_are_a_decode_error() -> None:
+    with pytest.raises(DecodeError):
+        without_state(b"\xff\0\1\0")
