@@ -31,10 +31,24 @@ def _chains(backend: Backend, old: Ruleset, new: Ruleset) -> Iterator[Change]:
         where = " ".join(key)
         table, chain = (after.get(key) or before[key])[:2]
         was, will = before.get(key), after.get(key)
-        if was and will and was[1].base != will[1].base:
-            yield Change("remove", where, f"base {was[1].base}")
-            yield Change("add", where, f"base {will[1].base}")
+        yield from _headers(where, was[1] if was else None, will[1] if will else None)
         yield from _rules(backend, where, table, chain, _all(was), _all(will))
+
+
+def _headers(where: str, was: Chain | None, will: Chain | None) -> Iterator[Change]:
+    """A chain that stands on one side only, or is called from elsewhere. What is odd about a table is a chain too."""
+    if was and will and was.base == will.base:
+        return
+    if was:
+        yield Change("remove", where, _header(was))
+    if will:
+        yield Change("add", where, _header(will))
+
+
+def _header(chain: Chain) -> str:
+    if chain.base is None:
+        return "this chain"
+    return f"this chain, type {chain.base.type} hook {chain.base.hook} priority {chain.base.priority}"
 
 
 def _rules(

@@ -27,6 +27,9 @@ def degrade(plan: CapturePlan, backend: str, missing: Mapping[str, str]) -> tupl
 
     Raises UnsupportedError, naming all of them, where it lacks one that is required.
     """
+    absent = [cgroup.path for owners in _owners(plan) for cgroup in owners.cgroups if not cgroup.id]
+    if absent:
+        missing = {**missing, "cgroups": f"there is no cgroup {absent[0]}"}
     lacking = [name for name in needs(plan) if name in missing]
     required = [name for name in lacking if name not in plan.prefer]
     if required:

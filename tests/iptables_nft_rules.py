@@ -128,9 +128,7 @@ def other_matches(draw: st.DrawFn, hook: str, table: str, protocol: int, sets: S
 def statements(table: str, hook: str, family: Family, protocol: int) -> st.SearchStrategy[Statement]:
     """What may stand in this table, for this protocol."""
     marks = st.builds(SetMark, words, words) | st.builds(SetConnmark, words, words)
-    found = st.sampled_from([Return(), Accept()]) | st.builds(
-        Log, st.text("abc \"'", max_size=28).map(lambda t: t + " ")
-    )
+    found = st.sampled_from([Return(), Accept()]) | st.builds(Log, st.text("abc \"'", max_size=29))
     if table == "nat" and protocol in (6, 17):
         address = st.integers(1, (1 << 8 * SIZE[family]) - 1).map(lambda n: n.to_bytes(SIZE[family]))
         found |= st.builds(Redirect, st.integers(1, 65535)) | st.builds(Dnat, address, st.integers(1, 65535))

@@ -16,10 +16,12 @@ import pytest
 import netapply
 from netapply import aio
 from netapply.aio import AsyncCapture
+from netapply.backend import BUILT_IN
 from netapply.errors import ApplyError, CancelledError, KernelError
 from netapply.plan import CapturePlan
 from netapply.results import Result
 from netapply.testing import FakeKernel
+from netapply_wire.xtables_lock import XtablesLock
 from tests import test_api
 from tests.netns import Netns
 from tests.test_api import OTHER, PLAN, AnyCapture, Engine, RealEngine
@@ -145,10 +147,17 @@ async def test_one_capture_works_while_another_one_is_held(
         assert (await slow.verify()).same
 
 
-async def test_calls_on_one_capture_take_turns(engine: Engine, capture: AsyncCapture) -> None:
-    calls = (capture.apply(plan, backend=engine.backend) for plan in (PLAN, OTHER))
-    assert [result.changed for result in await asyncio.gather(*calls)] == [True, True]
-    assert (await capture.verify(OTHER)).same
+async def test_calls_on_one_capture_take_turns(engine: Engine) -> None:
+    gate = Gate()
+    async with held(engine, gate, 2) as capture:
+        apply = asyncio.create_task(capture.apply(PLAN, backend=engine.backend))
+        await gate.arrival()
+        diff = asyncio.create_task(capture.diff(PLAN, backend=engine.backend))
+        await asyncio.sleep(0.05)
+        assert not diff.done()
+        gate.open()
+        assert (await apply).changed
+        assert (await diff).same
 
 
 async def test_of_two_captures_of_one_namespace_one_makes_the_change(engine: Engine, capture: AsyncCapture) -> None:
@@ -167,7 +176,7 @@ async def test_a_cancelled_apply_has_rolled_back_when_cancelled_error_is_seen(
         await capture.apply(first, backend=engine.backend)
     before, gate = await capture.diff(PLAN, backend=engine.backend), Gate()
     shown = await capture.show()
-    async with held(engine, gate, 2 if first is None else 1) as slow:
+    async with held(engine, gate, 2) as slow:
         error = await cancel_at(gate, asyncio.create_task(slow.apply(PLAN, backend=engine.backend)), times)
         assert isinstance(error.__cause__, ApplyError)
         assert error.__cause__.restored
@@ -191,13 +200,20 @@ async def test_a_timeout_rolls_back_too(engine: Engine) -> None:
 
 @pytest.mark.parametrize("backend", ["iptables-legacy"], indirect=True)
 async def test_an_apply_cancelled_between_two_tables_takes_the_first_one_back(
-    real: RealEngine, private_xtables_lock: str
+    real: RealEngine, private_xtables_lock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hangs in the first table, as somebody holds the xtables lock; the second one is never begun."""
+    waiting, enter = threading.Event(), XtablesLock.__enter__
+
+    def entering(lock: XtablesLock) -> XtablesLock:
+        waiting.set()
+        return enter(lock)
+
+    monkeypatch.setattr(XtablesLock, "__enter__", entering)
     async with AsyncCapture(real.open) as capture:
         with holding(private_xtables_lock):
             task = asyncio.create_task(capture.apply(PLAN, backend=real.backend))
-            await asyncio.sleep(0.3)
+            assert await asyncio.to_thread(waiting.wait, PATIENCE)
             task.cancel()
             await asyncio.sleep(0.05)
             assert not task.done()
@@ -248,10 +264,15 @@ async def test_no_descriptor_is_left_behind(real: RealEngine) -> None:
     before = _descriptors()
     for _ in range(3):
         await _live(real)
+    assert await asyncio.to_thread(_settled, before) <= before
+
+
+def _settled(wanted: int) -> int:
+    """How many descriptors are open, when there are no more than that, or patience is at its end."""
     deadline = time.monotonic() + PATIENCE
-    while _descriptors() > before and time.monotonic() < deadline:
-        await asyncio.sleep(0.02)
-    assert _descriptors() <= before
+    while (now := _descriptors()) > wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return now
 
 
 async def _live(real: RealEngine) -> None:
@@ -260,7 +281,7 @@ async def _live(real: RealEngine) -> None:
         await cancel_at(gate, asyncio.create_task(capture.apply(PLAN, backend=real.backend)))
         await capture.apply(PLAN, backend=real.backend)
         with pytest.raises(netapply.ConflictError):
-            await capture.apply(PLAN, backend=next(name for name in netapply.backend.BUILT_IN if name != real.backend))
+            await capture.apply(PLAN, backend=next(name for name in BUILT_IN if name != real.backend))
         await capture.verify()
         await capture.clean()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -78,6 +80,17 @@ def test_destroying_a_set_that_is_gone_is_no_error(kernel: Namespace) -> None:
     commit_set(kernel, DestroySet(NAME))
     assert list_sets(kernel, "") == ()
     assert find_set(kernel, NAME) is None
+
+
+def test_older_kernels_say_that_a_set_is_gone(kernel: Namespace) -> None:
+    """Newer ones take NLM_F_EXCL to mean it, which we do not set."""
+
+    class Old:
+        def netlink(self, protocol: int, request: bytes) -> list[bytes]:
+            return [struct.pack("=IHHIIi", 20, 2, 0, 1, 0, -errno.ENOENT) + request[:16]]
+
+    commit_set(Old(), DestroySet(NAME))
+    assert find_set(Old(), NAME) is None
 
 
 def test_a_set_that_a_foreign_rule_uses_is_not_destroyed(

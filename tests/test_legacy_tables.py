@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from netapply.backend import OURS, Owned
 from netapply.errors import ConflictError, DecodeError, GenerationChanged, KernelError, UnsupportedError
+from netapply.kernel import Scratch
 from netapply.namespace import Namespace
 from netapply.ruleset import (
     Accept,
@@ -19,6 +20,7 @@ from netapply.ruleset import (
     Chain,
     Cidr,
     Drop,
+    Family,
     IfaceMatch,
     Jump,
     NamedSet,
@@ -35,6 +37,7 @@ from netapply.ruleset import (
 )
 from netapply_iptables_legacy import BACKEND
 from netapply_iptables_legacy.snapshot import LegacySnapshot, read_table
+from netapply_iptables_legacy.sockopt import SO_SET_REPLACE, Blob, replace
 from tests import netns as namespaces
 from tests.netns import Netns
 from tests.test_legacy_rules import rulesets
@@ -248,6 +251,27 @@ def test_a_table_that_somebody_else_created_meanwhile_is_noticed(netns: Netns, k
     netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-j", "RETURN")
     with pytest.raises(GenerationChanged):
         BACKEND.commit(kernel, steps[0])
+
+
+def test_a_table_that_does_not_read_back_as_written_is_noticed(netns: Netns, kernel: Namespace) -> None:
+    """Somebody without the lock was there between the exchange and its proof."""
+    netns.run("iptables-legacy-restore", "-c", stdin=FOREIGN)
+    (step,) = BACKEND.encode(BACKEND.read(kernel), plan())
+
+    class Raced:
+        lock_timeout = 1.0
+        getsockopt = kernel.getsockopt
+
+        def setsockopt(self, family: Family, option: int, blob: bytes, scratch: Scratch | None = None) -> bytes:
+            found = kernel.setsockopt(family, option, blob, scratch)
+            if option == SO_SET_REPLACE:
+                table = read_table(kernel, "ip", "nat")
+                lost = table.data.replace(b"\x0a\x09\x08\x07", b"\x0a\x09\x08\x06")
+                replace(kernel, family, "nat", Blob(table.info, lost, ()), table.info.entries)
+            return found
+
+    with pytest.raises(GenerationChanged, match="read back"):
+        BACKEND.commit(Raced(), step)
 
 
 def test_a_foreign_jump_to_our_chain_is_a_conflict_that_names_it(netns: Netns, kernel: Namespace) -> None:

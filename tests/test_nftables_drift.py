@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from netapply.errors import UnsupportedError
+from netapply.errors import DecodeError, UnsupportedError
 from netapply.namespace import Namespace
 from netapply.ruleset import (
     AddressMatch,
@@ -14,8 +14,13 @@ from netapply.ruleset import (
     CgroupMatch,
     Chain,
     Cidr,
+    Dnat,
     IfaceMatch,
     Jump,
+    LimitMatch,
+    Log,
+    MarkMatch,
+    OwnerMatch,
     PortMatch,
     PortRange,
     ProtocolMatch,
@@ -23,11 +28,18 @@ from netapply.ruleset import (
     Return,
     Rule,
     Ruleset,
+    SaveMark,
+    SetMark,
     SetMatch,
+    SetZone,
+    SocketMatch,
+    StateMatch,
     Table,
     TProxy,
 )
 from netapply_nftables import BACKEND
+from netapply_nftables.sets import decode_port_set
+from netapply_wire.nfnetlink import NFT_MSG_GETSET, NFT_MSG_GETSETELEM, Message, attr, nested, u32, u64
 from tests.netns import Netns
 from tests.nftables_rulesets import named_set
 
@@ -177,3 +189,93 @@ def test_the_path_of_a_cgroup_is_kept_beside_its_id(kernel: Namespace) -> None:
     wanted = Ruleset((Table("inet", "netapply", (Chain("c", (rule,), Base("filter", "output", 0)),)),))
     put(kernel, wanted)
     assert BACKEND.read(kernel).ruleset == wanted
+
+
+HOOK_OUTPUT, HOOK_PREROUTING = Base("filter", "output", -300), Base("filter", "prerouting", -150)
+BLOCK = Cidr(b"\n\0\0\0", 8)
+ELSEWHERE = "counter tproxy ip to 1.1.1.1:5 meta mark set 1 accept"
+#: A rule of ours, and one of nft's that says nearly the same.
+NEARLY = [
+    (Rule((), SetZone(5)), "counter ct original zone set 5"),
+    (Rule((), Log("x")), 'counter log prefix "x" group 5'),
+    (Rule((), Log("x")), 'counter log prefix "x" level info'),
+    (Rule((), Log("x")), 'counter log prefix "x" flags all'),
+    (Rule((OwnerMatch("uid", 3, 3),), Return()), "meta skuid & 7 == 3 counter return"),
+    (Rule((OwnerMatch("uid", 3, 3),), Return()), "meta skuid >= 3 counter return"),
+    (Rule((LimitMatch(10),), Return()), "limit rate over 10/minute counter return"),
+    (Rule((LimitMatch(10),), Return()), "limit rate 10/hour counter return"),
+    (Rule((LimitMatch(10),), Return()), "limit rate 10 bytes/minute burst 5 bytes counter return"),
+    (Rule((TCP,), Redirect(1)), "meta l4proto tcp counter redirect to :1 random"),
+    (Rule((TCP,), Redirect(1)), "meta l4proto tcp counter redirect to :1-2"),
+    (Rule((TCP,), Dnat(b"\1\2\3\4", 5)), "meta l4proto tcp counter dnat ip to 1.2.3.4:5 persistent"),
+    (Rule((TCP,), Dnat(b"\1\2\3\4", 5)), "meta l4proto tcp counter dnat ip to 1.2.3.4:5-6"),
+    (Rule((TCP,), Dnat(b"\1\2\3\4", 5)), "meta l4proto tcp counter dnat ip to 1.2.3.4-1.2.3.5:5"),
+    (Rule((TCP,), TProxy(5, 1)), "meta l4proto tcp counter tproxy to :5 accept"),
+    (Rule((TCP,), TProxy(5, 1)), "meta l4proto tcp counter tproxy to :5 meta mark set 1"),
+    (
+        Rule((TCP,), TProxy(5, 1), "ip"),
+        f"ip version 4 meta l4proto tcp {ELSEWHERE}",
+    ),
+    (Rule((TCP,), Return()), "meta l4proto != tcp counter return"),
+    (Rule((IfaceMatch("out", "lo"),), Return()), "oif lo counter return"),
+    (Rule((AddressMatch("dst", BLOCK),), Return(), "ip"), "ip daddr & 255.0.255.0 == 10.0.0.0 counter return"),
+    (Rule((AddressMatch("dst", BLOCK),), Return(), "ip"), "ip daddr 10.0.0.0-10.255.255.255 counter return"),
+    (Rule((MarkMatch(5),), Return()), "meta mark 5-6 counter return"),
+    (Rule((MarkMatch(5),), Return()), "meta mark > 5 counter return"),
+    (Rule((StateMatch(("new",)),), Return()), "ct state != new counter return"),
+    (Rule((StateMatch(("new",)),), Return()), "ct status snat counter return"),
+    (Rule((SocketMatch(),), Return()), "socket transparent 1 socket wildcard 1 counter return"),
+    (Rule((SocketMatch(),), Return()), "socket transparent 1 counter return"),
+    (Rule((), SetMark(1)), "counter meta priority set 1"),
+    (Rule((), SetMark(1)), "counter meta mark set meta mark << 1"),
+    (Rule((), SaveMark()), "counter ct mark set ct mark"),
+    (Rule((), Jump("other")), "counter goto other"),
+    (Rule((TCP, PortMatch("dst", (PortRange(1, 9),))), Return()), "tcp flags syn counter return"),
+    (Rule((TCP, PortMatch("dst", (PortRange(1, 9),))), Return()), "th dport & 7 == 1 counter return"),
+]
+
+
+@pytest.mark.parametrize(("rule", "nearly"), NEARLY, ids=[nearly for _, nearly in NEARLY])
+def test_a_rule_that_is_nearly_ours_is_not_taken_for_it(netns: Netns, rule: Rule, nearly: str) -> None:
+    kinds = {Redirect: Base("nat", "output", -100), Dnat: Base("nat", "output", -100), TProxy: HOOK_PREROUTING}
+    socket_match = any(isinstance(match, SocketMatch) for match in rule.matches)
+    base = HOOK_PREROUTING if socket_match else kinds.get(type(rule.statement), HOOK_OUTPUT)
+    wanted = Ruleset((Table("inet", "netapply", (Chain("c", (rule,), base), Chain("other"))),))
+    with Namespace.open(netns.path) as kernel:
+        put(kernel, wanted)
+        text = netns.run("nft", "-a", "list", "chain", "inet", "netapply", "c")
+        handle = next(line.rpartition(" ")[2] for line in text.splitlines() if "counter" in line)
+        netns.run("nft", f"replace rule inet netapply c handle {handle} {nearly}")
+        assert BACKEND.read(kernel).ruleset != wanted
+        put(kernel, wanted)
+        assert BACKEND.read(kernel).ruleset == wanted
+
+
+def test_a_chain_that_moves_can_be_jumped_to_by_one_that_stays(kernel: Namespace) -> None:
+    base = Chain("base", (Rule((), Jump("out")),), Base("filter", "output", 0))
+    put(kernel, Ruleset((Table("inet", "netapply", (base, Chain("x"), Chain("out"))),)))
+    moved = Ruleset((Table("inet", "netapply", (base, Chain("out"), Chain("x"))),))
+    put(kernel, moved)
+    assert BACKEND.read(kernel).ruleset == moved
+
+
+def dumped(*elements: bytes) -> Message:
+    return Message(NFT_MSG_GETSETELEM, 1, {3: b"".join(elements)})
+
+
+def element(key: int, *more: bytes) -> bytes:
+    return nested(1, nested(1, attr(1, key.to_bytes(2))), *more)
+
+
+PORT_SET = Message(NFT_MSG_GETSET, 1, {2: b"__set0\0", 3: b"\0\0\0\7", 4: b"\0\0\0\x0d"})
+END = u32(3, 1)
+
+
+def test_an_interval_without_an_end_goes_to_the_next_one() -> None:
+    found = decode_port_set(PORT_SET, [dumped(element(90, END), element(10), element(80)), dumped(element(0, END))])
+    assert found == (PortRange(10, 79), PortRange(80, 89))
+
+
+def test_an_element_with_a_timeout_is_not_one_of_ours() -> None:
+    with pytest.raises(DecodeError):
+        decode_port_set(PORT_SET, [dumped(element(10, u64(4, 5000)))])

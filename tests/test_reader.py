@@ -36,7 +36,8 @@ from netapply.plan import (
     Proxy,
     Reroute,
 )
-from netapply.reader import deep_changes, expected_lines, list_ruleset
+from netapply.reader import deep_changes, library, list_ruleset, native
+from netapply.reader.xtables import expected_lines
 from netapply.results import Change
 from netapply.ruleset import (
     AddressMatch,
@@ -253,21 +254,22 @@ def test_deep_verification_reports_what_nft_changed_behind_our_back(
     assert core.verify(kernel, plan, backend=name).changes + deep_changes(kernel, name)
 
 
-class Blind:
-    """A backend whose decoder takes every port for 1: what deep verification is there to find."""
+class Wrong:
+    """A backend whose decoder takes every owner for 1 and loses the last block of a set: what there is to find."""
 
     def __init__(self, name: str) -> None:
         self.real = find_backend(name)
         self.render = self.real.render
 
-    def read(self, kernel: Kernel) -> Blind:
-        snapshot = self.real.read(kernel)
-        assert snapshot.ruleset is not None
-        self.ruleset = snapshot.ruleset._replace(tables=tuple(map(_with_wrong_ports, snapshot.ruleset.tables)))
+    def read(self, kernel: Kernel) -> Wrong:
+        found = self.real.read(kernel).ruleset
+        assert found is not None
+        sets = tuple(each._replace(elements=each.elements[:-1]) for each in found.sets)
+        self.ruleset = Ruleset(tuple(map(_with_wrong_owners, found.tables)), sets)
         return self
 
 
-def _with_wrong_ports(table: Table) -> Table:
+def _with_wrong_owners(table: Table) -> Table:
     def wrong(rule: Rule) -> Rule:
         return rule._replace(
             matches=tuple(m._replace(first=1, last=1) if m.kind == "owner" else m for m in rule.matches)
@@ -279,36 +281,38 @@ def _with_wrong_ports(table: Table) -> Table:
 def test_a_mistake_of_our_own_decoder_is_found(
     kernel: Namespace, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core.apply(kernel, CapturePlan(), backend="nftables", journal=journal)
-    monkeypatch.setattr(reader, "find_backend", Blind)
-    told = [change.what for change in deep_changes(kernel, "nftables")]
-    assert "meta skuid 1337 counter return" in told
-    assert "meta skuid 1 counter return" in told
+    core.apply(kernel, PLANS["5 blocks"], backend="nftables", journal=journal)
+    monkeypatch.setattr(reader, "find_backend", Wrong)
+    told = [(change.kind, change.what) for change in deep_changes(kernel, "nftables")]
+    assert ("remove", "meta skuid 1337 counter return") in told
+    assert ("add", "meta skuid 1 counter return") in told
+    assert ("remove", "10.4.0.0/16") in told
+    assert ("remove", "10.3.0.0/16") not in told
 
 
 def test_rules_that_never_stand_still_are_a_conflict(kernel: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     put(kernel, "nftables", inet())
-    real, count = reader._list, iter(range(100))
+    real, count = library.list_commands, iter(range(100))
 
     def busy(namespace: Kernel, *commands: str, as_json: bool, numeric: bool = False) -> list[str]:
         put(kernel, "nftables", inet(Rule((MarkMatch(next(count)),), Return())))
         return real(namespace, *commands, as_json=as_json, numeric=numeric)
 
-    monkeypatch.setattr(reader, "_list", busy)
+    monkeypatch.setattr(native, "list_commands", busy)
     with pytest.raises(ConflictError):
         deep_changes(kernel, "nftables")
 
 
 def test_a_change_between_the_two_readings_is_no_difference(kernel: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     put(kernel, "nftables", inet())
-    real, changes = reader._list, [inet(Rule((MarkMatch(1),), Return()))]
+    real, changes = library.list_commands, [inet(Rule((MarkMatch(1),), Return()))]
 
     def busy(namespace: Kernel, *commands: str, as_json: bool, numeric: bool = False) -> list[str]:
         if changes:
             put(kernel, "nftables", changes.pop())
         return real(namespace, *commands, as_json=as_json, numeric=numeric)
 
-    monkeypatch.setattr(reader, "_list", busy)
+    monkeypatch.setattr(native, "list_commands", busy)
     assert deep_changes(kernel, "nftables") == ()
 
 
@@ -327,6 +331,31 @@ def test_a_rule_is_expected_as_we_write_it() -> None:
 def test_a_rule_is_expected_as_iptables_restores_it_where_that_is_there() -> None:
     there = "counter, l4proto == 6, mark & 255 == 1, match comment, tcp dport != 80-90, return"
     assert expected_lines((WEB,), "ip", (there,)) == [there]
+
+
+def test_leading_bits_of_a_mark_are_expected_though_nft_prints_them_as_a_prefix(
+    kernel: Namespace, netns: Netns
+) -> None:
+    put(kernel, "iptables-nft", split(Rule((MarkMatch(0x12000000, 0xFF000000),), Return())))
+    netns.run("iptables-nft-restore", stdin=netns.run("iptables-nft-save"))
+    assert '"prefix"' in netns.run("nft", "--json", "list", "ruleset")
+    assert deep_changes(kernel, "iptables-nft") == ()
+
+
+@pytest.mark.parametrize(
+    ("printed", "meant"),
+    [
+        ("counter packets 7 bytes 420 return", "counter return"),
+        ("limit rate 60/minute burst 5 packets counter return", "limit rate 60/minute counter return"),
+        ("limit rate 60/minute burst 50 packets", "limit rate 60/minute burst 50 packets"),
+        ("meta l4proto 6 return", "meta l4proto tcp return"),
+        ("meta l4proto 17 return", "meta l4proto udp return"),
+        ("meta l4proto 178 return", "meta l4proto 178 return"),
+        ('socket cgroupv2 level 2 != "a/b" return', "socket cgroupv2 level 2 != 42 return"),
+    ],
+)
+def test_versions_and_settings_of_nft_make_no_difference(printed: str, meant: str) -> None:
+    assert native._line(printed, {"a/b": 42}.__getitem__) == meant
 
 
 @pytest.mark.parametrize(
@@ -399,7 +428,7 @@ def _without_binding(patch: pytest.MonkeyPatch) -> None:
 
 
 def _without_library(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(reader, "LIBRARY", "libnftables-that-is-not-there.so.1")
+    patch.setattr(library, "LIBRARY", "libnftables-that-is-not-there.so.1")
 
 
 def _with_an_old_library(patch: pytest.MonkeyPatch) -> None:
@@ -461,7 +490,7 @@ def test_importing_it_loads_neither_the_binding_nor_the_library() -> None:
 
 def test_what_libnftables_refuses_is_an_error_with_its_words(kernel: Namespace) -> None:
     with pytest.raises(NetapplyError, match="syntax error"):
-        reader._list(kernel, "list nonsense", as_json=False)
+        library.list_commands(kernel, "list nonsense", as_json=False)
 
 
 # --- the command ---------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -180,6 +179,8 @@ def _decode(expressions: bytes, userdata: bytes, port_sets: PortSets) -> Rule:
     try:
         return decode_rule(expressions, userdata, port_sets)
     except DecodeError:
+        import hashlib  # costs more than the rest of this module
+
         return _strange(f"rule {hashlib.sha256(expressions + userdata).hexdigest()[:16]}")
 
 

@@ -80,7 +80,7 @@ def _read_load(item: Expression) -> tuple[str, int, int, int]:
     name = item.name
     if name == "payload" and item.number(1) == 1:
         return name, item.number(2), item.number(3), item.number(4)
-    if name in ("meta", "ct") and item.number(1) == 1 and (name == "meta" or NFTA_CT_DIRECTION not in item.attributes):
+    if name in ("meta", "ct") and item.number(1) == 1:
         return name, item.number(2), 0, _WIDTHS.get((name, item.number(2)), 0)
     if name == "socket" and item.number(2) == 1:
         return name, item.number(1), item.number(3), _WIDTHS.get((name, item.number(1)), 0)

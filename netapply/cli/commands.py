@@ -25,10 +25,10 @@ def _open(arguments: argparse.Namespace) -> Capture:
 def apply(arguments: argparse.Namespace, printer: Printer) -> int:
     """Apply a plan."""
     from netapply.lint import lint
-    from netapply.planfile import fingerprint, read_plan
+    from netapply.planfile import examine_plan, fingerprint, format_of, read_source
 
-    plan = read_plan(arguments.plan)
-    warnings = lint(plan)
+    loaded = examine_plan(read_source(arguments.plan), format=format_of(arguments.plan), source=arguments.plan)
+    plan, warnings = loaded.plan, lint(*loaded)
     with _open(arguments) as capture:
         result = capture.apply(plan, backend=arguments.backend, layout=arguments.layout, fingerprint=fingerprint(plan))
     if printer.json:
