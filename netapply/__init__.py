@@ -63,7 +63,7 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["open", *_HOME]  # noqa: PLE0604 - names of a table; a test imports each
+__all__ = ["open", *_HOME]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]  # a table's names
 
 
 def __getattr__(name: str) -> Any:

@@ -106,9 +106,9 @@ class Capture:
         """See `netapply.core.clean`."""
         return core.clean(self.namespace, backend=backend, journal=self.journal)
 
-    def show(self) -> tuple[RuleCounter, ...]:
+    def show(self, *, backend: str = "auto") -> tuple[RuleCounter, ...]:
         """See `netapply.core.show`."""
-        return core.show(self.namespace)
+        return core.show(self.namespace, backend=backend, journal=self.journal)
 
     def detect(self) -> Detection:
         """See `netapply.detection.detect`."""

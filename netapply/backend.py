@@ -65,6 +65,35 @@ class Owned(NamedTuple):
 
 OURS = Owned()
 
+#: How what stands in ours, and cannot be read as ours, begins in a decoded rule set: a chain, or a jump to a chain,
+#: of such a name. No chain is called so, so it never equals what a plan wants, and nobody encodes it.
+STRANGE = "<"
+#: How such a rule is shown.
+STRANGE_RULE = "a rule that is not one of ours"
+
+
+def readable(ruleset: Ruleset | None) -> Ruleset | None:
+    """The rule set without what is strange in it: all of a damaged state that can be put back."""
+    if ruleset is None:
+        return None
+    tables = (
+        table._replace(chains=tuple(_readable(chain) for chain in table.chains if chain.name[:1] != STRANGE))
+        for table in ruleset.tables
+    )
+    return ruleset._replace(tables=tuple(tables))
+
+
+def _readable(chain: Chain) -> Chain:
+    return chain._replace(
+        head=tuple(rule for rule in chain.head if not is_strange(rule)),
+        rules=tuple(rule for rule in chain.rules if not is_strange(rule)),
+    )
+
+
+def is_strange(rule: Rule) -> bool:
+    """Is this a rule that somebody else put among ours?"""
+    return rule.statement.kind == "jump" and rule.statement.chain[:1] == STRANGE
+
 
 class Probe(NamedTuple):
     """Whether this backend can work in a namespace.
@@ -93,7 +122,7 @@ class Snapshot(Protocol):
 
     @property
     def ruleset(self) -> Ruleset | None:
-        """Ours, decoded; None when nothing of ours is there. Raises DecodeError where it cannot be read."""
+        """Ours, decoded; None when nothing of ours is there. What cannot be read is STRANGE, and never an error."""
         ...
 
     @property

@@ -6,17 +6,19 @@ with netapply.Namespace.open("pod-1") as namespace:
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from netapply import routing
-from netapply.backend import OURS, Backend, find_backend
+from netapply.backend import OURS, Backend, find_backend, readable
 from netapply.compiler import compile_plan, compile_routing
-from netapply.detection import PREFERENCE, choose, holding_ours, probe
+from netapply.detection import PREFERENCE, choose, holding_ours, lacking, next_usable, probe
 from netapply.differences import ruleset_changes
-from netapply.errors import JournalError, NetapplyError, UnsupportedError
+from netapply.errors import ApplyError, JournalError, KernelError, NetapplyError, UnsupportedError
 from netapply.existing import existing_flows, treated_otherwise
 from netapply.features import degrade
 from netapply.journal import Entry, Files, Journal, State
@@ -39,7 +41,7 @@ class _Session(NamedTuple):
 
 
 @contextmanager
-def _session(namespace: Namespace, journal: Journal) -> Iterator[_Session]:
+def _session(namespace: Namespace, journal: Journal) -> Generator[_Session]:
     """Take the namespace's journal, and first of all finish or undo what an interrupted run left."""
     try:
         files = journal.acquire(namespace.identity, namespace.lock_timeout)
@@ -63,21 +65,17 @@ def _recover(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[st
         return None, (f"{error}; it was set aside as {files.set_aside()}",)
     if entry is None or not entry.pending:
         return entry, ()
-    steps = Transaction(namespace, find_backend(entry.backend), OURS, files).restore(entry)
-    said = f"undone ({'; '.join(steps)})" if steps else "found finished"
+    said = Transaction(namespace, find_backend(entry.backend), OURS, files).restore(entry)
     return files.load(), (f"an interrupted run was {said}",)
 
 
 def compiled(
-    plan: CapturePlan, backend: Backend, kernel: Namespace, layout: str
-) -> tuple[Ruleset, CapturePlan, tuple[str, ...]]:
-    """The rule set for this backend on this kernel, the plan that it is of, and what had to be left out."""
-    found = probe(kernel, backend)
-    if found.status != "usable":
-        raise UnsupportedError(f"{backend.name} is {found.status} here: {found.reason}", next_step="netapply detect")
-    effective, degraded = degrade(plan, backend.name, found.missing)
-    dialect = backend.dialect if "sets" not in found.missing else backend.dialect._replace(sets_from=0)
-    return compile_plan(effective, dialect, layout), effective, degraded
+    plan: CapturePlan, backend: Backend, missing: Mapping[str, str], layout: str
+) -> tuple[State, CapturePlan, tuple[str, ...]]:
+    """What the namespace should hold, the plan that it is of, and what had to be left out."""
+    effective, degraded = degrade(plan, backend.name, missing)
+    dialect = backend.dialect if "sets" not in missing else backend.dialect._replace(sets_from=0)
+    return State(compile_plan(effective, dialect, layout), compile_routing(effective)), effective, degraded
 
 
 def apply(
@@ -99,33 +97,78 @@ def apply(
     ConflictError, UnsupportedError and LockError with nothing touched, ApplyError after a roll-back.
     """
     begun = time.perf_counter()
-    _refuse_waiting(plan)
+    refuse_waiting(plan)
     with _session(namespace, journal or Journal()) as session:
-        chosen, reason = choose(namespace, backend)
-        ruleset, effective, degraded = compiled(plan, chosen, namespace, layout)
-        known = session.entry.created if session.entry else Routing()
-        desired = State(ruleset, compile_routing(effective))
-        before = chosen.read(namespace).ruleset if count_flows else None
-        entry = Entry(True, chosen.name, NOWHERE, desired, known, layout, fingerprint)
-        outcome = Transaction(namespace, chosen, OURS, session.files, cancelled).run(entry)
-        if not outcome.steps and session.files and (session.entry is None or session.entry.fingerprint != fingerprint):
-            session.files.store(entry._replace(pending=False, before=desired, created=outcome.created))
-    flows = treated_otherwise(existing_flows(namespace), before, ruleset) if count_flows else None
+        chosen, reason = choose(namespace, backend, also=_also(session.entry))
+        attempt = partial(
+            _attempt, namespace, session, plan, layout, fingerprint, count_flows=count_flows, cancelled=cancelled
+        )
+        try:
+            done = attempt(chosen, lacking(namespace, chosen, plan))
+        except ApplyError as error:
+            chosen, reason = _instead(namespace, chosen, backend, plan, error)
+            done = attempt(chosen, probe(namespace, chosen).missing)
+    return done._replace(reason=reason, duration=time.perf_counter() - begun)
+
+
+def _attempt(
+    namespace: Namespace,
+    session: _Session,
+    plan: CapturePlan,
+    layout: str,
+    fingerprint: str,
+    backend: Backend,
+    missing: Mapping[str, str],
+    *,
+    count_flows: bool,
+    cancelled: Callable[[], bool],
+) -> Result:
+    """Apply by this backend, without what is missing."""
+    desired, effective, degraded = compiled(plan, backend, missing, layout)
+    known = session.entry.created if session.entry else Routing()
+    before = readable(backend.read(namespace).ruleset) if count_flows else None
+    entry = Entry(True, backend.name, NOWHERE, desired, known, layout, fingerprint)
+    outcome = Transaction(namespace, backend, OURS, session.files, cancelled).run(entry, session.entry)
+    if not outcome.steps and session.files and (session.entry is None or session.entry.fingerprint != fingerprint):
+        session.files.store(entry._replace(pending=False, before=desired, created=outcome.created))
     return Result(
         bool(outcome.steps),
-        chosen.name,
-        reason,
+        backend.name,
+        "",
         outcome.steps,
         session.degraded + degraded,
         session.notes,
-        effective=True,
         ipv6=effective.ipv6,
-        existing_flows=flows,
-        duration=time.perf_counter() - begun,
+        existing_flows=treated_otherwise(existing_flows(namespace), before, desired.ruleset) if count_flows else None,
     )
 
 
-def _refuse_waiting(plan: CapturePlan) -> None:
+def _instead(
+    namespace: Namespace, failed: Backend, wanted: str, plan: CapturePlan, error: ApplyError
+) -> tuple[Backend, str]:
+    """What to try after a roll-back that the probe can explain. Raises UnsupportedError, or `error` again."""
+    cause = error.__cause__
+    if not (error.restored and isinstance(cause, KernelError) and cause.errno in _UNSUPPORTED):
+        raise error
+    found = probe(namespace, failed)
+    if found.status == "usable":
+        if not degrade(plan, failed.name, found.missing)[1] and "sets" not in found.missing:
+            raise error
+        return failed, f"{failed.name} without {', '.join(found.missing)}"
+    if wanted != "auto":
+        said = f"{failed.name} is {found.status} here: {found.reason}"
+        raise UnsupportedError(said, next_step="netapply detect") from error
+    return next_usable(namespace)
+
+
+#: What kernels answer to a table, chain type, expression or extension that they do not have.
+_UNSUPPORTED = frozenset(
+    (errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)
+)
+
+
+def refuse_waiting(plan: CapturePlan) -> None:
+    """Raise UnsupportedError for a plan that only a running agent can carry out."""
     if plan.activation == "on-listen":
         raise UnsupportedError(
             "activation: on-listen waits for the proxy's port, and a command that ends cannot wait",
@@ -138,7 +181,7 @@ def clean(namespace: Namespace, *, backend: str = "auto", journal: Journal | Non
     begun = time.perf_counter()
     steps: tuple[str, ...] = ()
     with _session(namespace, journal or Journal()) as session:
-        held = holding_ours(namespace) if backend == "auto" else (backend,)
+        held = holding_ours(namespace, also=_also(session.entry)) if backend == "auto" else (backend,)
         known = session.entry.created if session.entry else Routing()
         for name in held or PREFERENCE[:1]:
             entry = Entry(True, name, NOWHERE, NOWHERE, known)
@@ -157,8 +200,8 @@ def clean(namespace: Namespace, *, backend: str = "auto", journal: Journal | Non
 def diff(namespace: Namespace, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Diff:
     """What `apply` would change, rule by rule, against the live kernel. Changes nothing, and recovers nothing."""
     chosen, reason = choose(namespace, backend)
-    ruleset, effective, _ = compiled(plan, chosen, namespace, layout)
-    return Diff(chosen.name, reason, _changes(namespace, chosen, State(ruleset, compile_routing(effective))))
+    desired, _, _ = compiled(plan, chosen, lacking(namespace, chosen, plan), layout)
+    return Diff(chosen.name, reason, _changes(namespace, chosen, desired))
 
 
 def verify(
@@ -180,6 +223,8 @@ def verify(
         entry = files.load()
     finally:
         files.close()
+    if entry is not None and entry.pending:
+        raise NetapplyError("a run was interrupted here", next_step="`netapply apply` or `clean` finishes or undoes it")
     if entry is None or entry.desired.ruleset is None:
         raise NetapplyError(
             "nothing was applied to this namespace that the journal knows of",
@@ -200,15 +245,41 @@ def _changes(
     )
 
 
-def show(namespace: Namespace, *, backend: str = "auto") -> tuple[RuleCounter, ...]:
-    """Our live rules with their counters, in the dialect that holds them; () when nothing of ours is there."""
+def show(namespace: Namespace, *, backend: str = "auto", journal: Journal | None = None) -> tuple[RuleCounter, ...]:
+    """Our live rules with their counters, in the dialect that holds them; () when nothing of ours is there.
+
+    The plan paths are those of the rules that the journal says were applied.
+    """
+    entry = _peek(namespace, journal or Journal())
+    applied = entry.desired.ruleset if entry else None
+    paths = {(table.family, chain.name, rule): rule.path for table, chain, _, rule in (applied or Ruleset()).walk()}
     found: list[RuleCounter] = []
-    for name in holding_ours(namespace) if backend == "auto" else (backend,):
+    for name in holding_ours(namespace, also=_also(entry)) if backend == "auto" else (backend,):
         chosen = find_backend(name)
         snapshot = chosen.read(namespace)
         counters = snapshot.counters
         for table, chain, index, rule in (snapshot.ruleset or Ruleset()).walk():
             packets, size = counters.get((table.family, table.name, chain.name, index), (0, 0))
             text = chosen.render_rule(table, chain, rule)
-            found.append(RuleCounter(table.family, table.name, chain.name, index, text, packets, size, rule.path))
+            path = paths.get((table.family, chain.name, rule), "")
+            found.append(RuleCounter(table.family, table.name, chain.name, index, text, packets, size, path))
     return tuple(found)
+
+
+def _peek(namespace: Namespace, journal: Journal) -> Entry | None:
+    """The journal's entry where there is one to be read; what is shown does not depend on it."""
+    try:
+        files = journal.acquire(namespace.identity, namespace.lock_timeout)
+    except NetapplyError:
+        return None
+    try:
+        return files.load()
+    except JournalError:
+        return None
+    finally:
+        files.close()
+
+
+def _also(entry: Entry | None) -> tuple[str, ...]:
+    """The registered backend that was used here, if it was: the built-in ones are looked at anyway."""
+    return (entry.backend,) if entry and entry.backend not in PREFERENCE else ()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Mapping
+
 from netapply.backend import BUILT_IN, OURS, Backend, Owned, Probe, find_backend
-from netapply.errors import ConflictError, NetapplyError, UnsupportedError
+from netapply.errors import ConflictError, KernelError, NetapplyError, UnsupportedError
 from netapply.kernel import Kernel
+from netapply.plan import CapturePlan
 from netapply.results import Candidate, Detection
 
 #: In this order when nothing of ours is there: native needs no xt module, no lock and nobody else's table.
@@ -27,28 +31,52 @@ def probe(kernel: Kernel, backend: Backend) -> Probe:
 
 def detect(kernel: Kernel, owned: Owned = OURS) -> Detection:
     """Every built-in backend's state in this namespace, and the one that `auto` takes. Changes nothing."""
-    candidates = []
+    candidates: list[Candidate] = []
     for name in PREFERENCE:
         backend = find_backend(name)
         found = backend.probe(kernel)
         missing = tuple(sorted(found.missing.items()))
-        ours = backend.detect(kernel, owned)
+        ours = _holds(kernel, name, owned)
         candidates.append(Candidate(name, found.status, found.reason, ours, found.in_use, missing))
     try:
         backend, reason = choose(kernel, "auto", owned)
+        if not any(each.ours for each in candidates):
+            backend, reason = next_usable(kernel)
     except NetapplyError as error:
         return Detection("", str(error), tuple(candidates))
     return Detection(backend.name, reason, tuple(candidates))
 
 
-def holding_ours(kernel: Kernel, owned: Owned = OURS) -> tuple[str, ...]:
-    """The built-in backends in whose dialect something of ours stands."""
-    return tuple(name for name in PREFERENCE if find_backend(name).detect(kernel, owned))
+def holding_ours(kernel: Kernel, owned: Owned = OURS, also: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The backends, built in or named by `also`, in whose dialect something of ours stands.
+
+    Raises KernelError where we may not look.
+    """
+    return tuple(name for name in (*PREFERENCE, *also) if _holds(kernel, name, owned))
 
 
-def choose(kernel: Kernel, wanted: str, owned: Owned = OURS) -> tuple[Backend, str]:
+def _holds(kernel: Kernel, name: str, owned: Owned) -> bool:
+    try:
+        return find_backend(name).detect(kernel, owned)
+    except KernelError as error:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            error.next_step = error.next_step or "run as root, or with CAP_NET_ADMIN in the namespace"
+            raise
+        return False  # a kernel without that dialect holds nothing in it
+
+
+def choose(kernel: Kernel, wanted: str, owned: Owned = OURS, also: tuple[str, ...] = ()) -> tuple[Backend, str]:
     """The backend to use and why. Raises ConflictError when ours stands in another dialect, or in two."""
-    held = holding_ours(kernel, owned)
+    named = () if wanted in ("auto", *PREFERENCE, *also) else (wanted,)
+    return pick(holding_ours(kernel, owned, also + named), wanted)
+
+
+def pick(held: tuple[str, ...], wanted: str) -> tuple[Backend, str]:
+    """The backend to use and why, where `held` are those that hold ours already. Pure. Raises ConflictError.
+
+    Where nothing of ours is there, "auto" takes native nftables without asking the kernel for every feature: that
+    would cost an RCU grace period a question, ten times what the apply does. `next_usable` is for when it fails.
+    """
     if len(held) > 1:
         raise ConflictError(
             f"rules of ours stand in {len(held)} dialects at once: {', '.join(held)}",
@@ -63,11 +91,26 @@ def choose(kernel: Kernel, wanted: str, owned: Owned = OURS) -> tuple[Backend, s
         return find_backend(wanted), "asked for"
     if held:
         return find_backend(held[0]), "holds our rules in this namespace already"
-    said = []
+    return find_backend(PREFERENCE[0]), "nothing of ours is here yet, and it needs no table of anybody else's"
+
+
+def next_usable(kernel: Kernel) -> tuple[Backend, str]:
+    """The first backend whose probe says that it works, with why those before it do not. Raises UnsupportedError."""
+    said: list[str] = []
     for name in PREFERENCE:
         backend = find_backend(name)
         found = probe(kernel, backend)
         if found.status == "usable":
-            return backend, f"nothing of ours is here yet, and {found.reason}"
-        said.append(f"{name}: {found.status}, {found.reason}")
+            return backend, "; ".join((*said, found.reason))
+        said.append(f"{name} is {found.status}: {found.reason}")
     raise UnsupportedError("no backend works here; " + "; ".join(said), next_step="netapply detect")
+
+
+def lacking(kernel: Kernel, backend: Backend, plan: CapturePlan) -> Mapping[str, str]:
+    """What the kernel lacks of what the backend can do: asked where it is cheap, or where the plan leaves a choice."""
+    if not plan.prefer and backend.dialect.families == "inet":
+        return {}
+    found = probe(kernel, backend)
+    if found.status != "usable":
+        raise UnsupportedError(f"{backend.name} is {found.status} here: {found.reason}", next_step="netapply detect")
+    return found.missing

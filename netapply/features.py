@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from netapply.errors import UnsupportedError
 from netapply.plan import CapturePlan, Owners
@@ -34,21 +34,28 @@ def degrade(plan: CapturePlan, backend: str, missing: Mapping[str, str]) -> tupl
     required = [name for name in lacking if name not in plan.prefer]
     if required:
         said = "; ".join(f"{name} ({missing[name]})" for name in required)
+        remedies = "; ".join(_REMEDY.get(name, f"prefer: [{name}] does without") for name in required)
         raise UnsupportedError(
             f"{backend} on this kernel lacks what the plan needs: {said}",
-            next_step=f"add it, or list it under `prefer` to do without: prefer: [{', '.join(required)}]",
+            next_step=f"add it, or plan without: {remedies}",
         )
     for name in lacking:
         plan = _WITHOUT[name](plan)
     return plan, tuple(f"{name}: {_CONSEQUENCE[name]} ({missing[name]})" for name in lacking)
 
 
-_WITHOUT = {
+_WITHOUT: Mapping[str, Callable[[CapturePlan], CapturePlan]] = {
     "dns.zones": lambda plan: plan._replace(dns=plan.dns._replace(zones=False)),
     "invalid": lambda plan: plan._replace(invalid="keep"),
     "log": lambda plan: plan._replace(log=None),
     "comments": lambda plan: plan._replace(comments=False),
-    "cgroups": lambda plan: plan._replace(outbound=_without_cgroups(plan)),
+    "cgroups": lambda plan: _without_cgroups(plan),  # noqa: PLW0108 - defined below
+}
+#: How to plan without what cannot be preferred.
+_REMEDY = {
+    "ip6": "ipv6: skip leaves IPv6 alone",
+    "tproxy": "inbound.mode: redirect needs no TPROXY",
+    "cgroups alone": "name uids or gids beside the cgroups",
 }
 _CONSEQUENCE = {
     "dns.zones": "a client's query and the proxy's own share a conntrack zone",
@@ -69,11 +76,23 @@ def _owners(plan: CapturePlan) -> Iterator[Owners]:
         yield plan.proxy.self_calls
 
 
-def _without_cgroups(plan: CapturePlan) -> object:
+def _without_cgroups(plan: CapturePlan) -> CapturePlan:
     outbound, owners = plan.outbound, plan.outbound.owners
     include = owners.include if isinstance(owners.include, str) else owners.include._replace(cgroups=())
+    if include == Owners():
+        # Whom to capture is told by cgroups alone: without them it would be nobody, and nobody would notice.
+        raise UnsupportedError(
+            "cgroups cannot be told here, and outbound.owners.include names nothing else: nothing would be captured",
+            next_step=_REMEDY["cgroups alone"],
+        )
+    calls = plan.proxy.self_calls
+    if not isinstance(calls, str):
+        calls = calls._replace(cgroups=())
     exceptions = (each._replace(owners=each.owners._replace(cgroups=())) for each in outbound.exclude_for_owners)
-    return outbound._replace(
-        owners=owners._replace(include=include, exclude=owners.exclude._replace(cgroups=())),
-        exclude_for_owners=tuple(each for each in exceptions if each.owners != Owners()),
+    return plan._replace(
+        proxy=plan.proxy._replace(self_calls="none" if calls == Owners() else calls),
+        outbound=outbound._replace(
+            owners=owners._replace(include=include, exclude=owners.exclude._replace(cgroups=())),
+            exclude_for_owners=tuple(each for each in exceptions if each.owners != Owners()),
+        ),
     )

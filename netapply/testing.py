@@ -30,9 +30,10 @@ from typing import Literal, NamedTuple, Self, TypeAlias
 from netapply import routing
 from netapply.backend import Backend, Probe, find_backend
 from netapply.compiler import compile_plan, compile_routing
-from netapply.detection import PREFERENCE
+from netapply.core import refuse_waiting
+from netapply.detection import PREFERENCE, pick
 from netapply.differences import ruleset_changes
-from netapply.errors import ApplyError, CancelledError, ConflictError, NamespaceError, NetapplyError, UnsupportedError
+from netapply.errors import ApplyError, CancelledError, NamespaceError, NetapplyError, UnsupportedError
 from netapply.evaluate import evaluate
 from netapply.existing import treated_otherwise
 from netapply.features import degrade
@@ -205,11 +206,7 @@ class FakeCapture:
     ) -> Result:
         """As `Capture.apply`. Raises UnsupportedError, ConflictError; ApplyError when cancelled or told to fail."""
         begun = time.perf_counter()
-        if plan.activation == "on-listen":
-            raise UnsupportedError(
-                "activation: on-listen waits for the proxy's port, and a command that ends cannot wait",
-                next_step="give the plan to the agent, or say activation: now and apply when the proxy listens",
-            )
+        refuse_waiting(plan)
         with self._turn():
             chosen, reason = self._choose(backend)
             desired, effective, degraded = self._compiled(plan, chosen, layout)
@@ -260,6 +257,7 @@ class FakeCapture:
                     index,
                     find_backend(name).render_rule(table, chain, rule),
                     *self.namespace.counters[name, table.family, table.name, chain.name, index],
+                    rule.path,
                 )
                 for name in self._held()
                 for table, chain, index, rule in self.namespace.rulesets[name].walk()
@@ -319,22 +317,11 @@ class FakeCapture:
         return tuple(name for name in PREFERENCE if name in self.namespace.rulesets)
 
     def _choose(self, wanted: str) -> tuple[Backend, str]:
-        """The order and the words of `netapply.detection.choose`."""
+        """As `netapply.core.apply` ends up with one, after the probes have explained what failed."""
         held = self._held()
-        if len(held) > 1:
-            raise ConflictError(
-                f"rules of ours stand in {len(held)} dialects at once: {', '.join(held)}",
-                next_step="`netapply clean` removes them from all; then apply",
-            )
-        if wanted != "auto" and held and held[0] != wanted:
-            raise ConflictError(
-                f"rules of ours already stand in {held[0]}, and {wanted} was asked for",
-                next_step=f"`netapply clean` first, or apply with --backend {held[0]}",
-            )
-        if wanted != "auto":
-            return find_backend(wanted), "asked for"
-        if held:
-            return find_backend(held[0]), "holds our rules in this namespace already"
+        chosen, reason = pick(held, wanted)
+        if wanted != "auto" or held or self.kernel.probe(chosen.name).status == "usable":
+            return chosen, reason
         probes = {name: self.kernel.probe(name) for name in PREFERENCE}
         for name, found in probes.items():
             if found.status == "usable":
@@ -373,7 +360,7 @@ class FakeCapture:
         """The names of the steps; all of them, or none and ApplyError."""
         work = self._work(backend, desired)
         steps = work.steps()
-        for step in steps:
+        for step in (*steps, "commit the journal") if steps else ():
             if cancelled():
                 error = CancelledError("cancelled")
                 raise ApplyError(step, error, restored=True) from error

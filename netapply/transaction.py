@@ -14,7 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from netapply import routing
-from netapply.backend import Backend, Owned, Snapshot
+from netapply.backend import Backend, Owned, Snapshot, readable
 from netapply.errors import ApplyError, CancelledError, ConflictError, GenerationChanged, JournalError, NetapplyError
 from netapply.journal import Entry, Files, State
 from netapply.namespace import Namespace
@@ -53,17 +53,18 @@ class Transaction:
         self._step = "read what is there"
         self._done: list[str] = []
 
-    def run(self, entry: Entry) -> Outcome:
+    def run(self, entry: Entry, previous: Entry | None = None) -> Outcome:
         """Bring the namespace to `entry.desired`. No step, and no journal, when it is there already.
 
-        `entry.created` is the routing known as ours from before. Raises ApplyError after a roll-back.
+        `entry.created` is the routing known as ours from before; `previous` is what the journal says now, and will say
+        again after a roll-back. Raises ApplyError after a roll-back.
         """
         snapshot = self._backend.read(self._namespace, self._owned)
         standing = routing.read(self._namespace, entry.desired.routing, entry.created)
         wanted = routing.plan(standing, entry.desired.routing)
         if not wanted and not self._backend.encode(snapshot, entry.desired.ruleset):
             return Outcome((), standing.ours)
-        before = State(snapshot.ruleset, standing.ours)
+        before = State(readable(snapshot.ruleset), standing.ours)
         known = routing.remember(standing.ours, [step for step in wanted if step.add])
         self._store(entry._replace(pending=True, before=before, created=known))
         try:
@@ -71,24 +72,29 @@ class Transaction:
             created = self._converge(entry.desired, entry.created, snapshot)
             self._prove(entry.desired, created)
             self._step = "commit the journal"
+            if self._cancelled():  # the last moment at which going back is not a second change
+                raise CancelledError("cancelled")
             self._store(entry._replace(pending=False, before=before, created=created))
         except BaseException as error:  # also an interrupt is undone
-            self._undo(before, known, entry, error)
+            undone = entry._replace(pending=False, desired=before, before=before)
+            if previous is not None and previous.desired.ruleset == before.ruleset:
+                undone = previous
+            self._undo(before, known, undone, error)
             raise
         return Outcome(tuple(self._done), created)
 
-    def restore(self, entry: Entry) -> tuple[str, ...]:
-        """Finish or undo an interrupted run; returns the steps that were done. Raises NetapplyError if neither held."""
+    def restore(self, entry: Entry) -> str:
+        """Finish or undo an interrupted run, and say which. Raises NetapplyError if neither held."""
         if not self._differs(entry.desired, entry.created):
             created = routing.read(self._namespace, entry.desired.routing, entry.created).ours
             self._store(entry._replace(pending=False, created=created))
-            return ()
+            return "found finished"
         created = self._converge(entry.before, entry.created)
         self._prove(entry.before, created)
         self._store(entry._replace(pending=False, desired=entry.before, created=created))
-        return tuple(self._done)
+        return f"undone ({'; '.join(self._done)})" if self._done else "found to have changed nothing"
 
-    def _undo(self, before: State, known: Routing, entry: Entry, error: BaseException) -> None:
+    def _undo(self, before: State, known: Routing, undone: Entry, error: BaseException) -> None:
         """Back to `before`. Raises ApplyError, saying whether that held; returns after an interrupt, if it did."""
         failed, self._done, self._cancelled = self._step, [], lambda: False
         try:
@@ -96,7 +102,7 @@ class Transaction:
             self._prove(before, created)
             # A journal that cannot be written still says "pending", and the next command finds nothing left to undo.
             with suppress(JournalError):
-                self._store(entry._replace(pending=False, desired=before, before=before, created=created))
+                self._store(undone._replace(created=created))
         except BaseException as second:  # noqa: BLE001 - whatever it is, both causes are raised
             raise ApplyError(failed, error, restored=False, rollback=second) from error
         if not isinstance(error, Exception):
@@ -148,6 +154,7 @@ class Transaction:
 
     def _prove(self, state: State, record: Routing) -> None:
         """Read back and compare. Somebody who changes ours at this very moment is put right, a few times."""
+        wrong = ""
         for _ in range(ATTEMPTS):
             self._step = "read back"
             wrong = self._differs(state, record)

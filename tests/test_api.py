@@ -256,6 +256,21 @@ def test_a_cancelled_apply_leaves_what_was(engine: Engine, capture: AnyCapture) 
     assert capture.diff(PLAN, backend=engine.backend) == before
 
 
+def test_an_apply_cancelled_in_its_last_step_leaves_what_was(engine: Engine, capture: AnyCapture) -> None:
+    asked = len(capture.apply(PLAN, backend=engine.backend).steps)
+    capture.clean()
+    answers = iter([*[False] * asked, True])
+    with pytest.raises(ApplyError) as caught:
+        capture.apply(PLAN, backend=engine.backend, cancelled=lambda: next(answers))
+    assert caught.value.step == "commit the journal"
+    assert capture.show() == ()
+
+
+def test_an_unknown_layout_is_refused(engine: Engine, capture: AnyCapture) -> None:
+    with pytest.raises(UnsupportedError, match="no layout is called 'shiny'"):
+        capture.apply(PLAN, backend=engine.backend, layout="shiny")
+
+
 @pytest.mark.parametrize("first", [None, OTHER], ids=["nothing", "another plan"])
 def test_a_failed_apply_rolls_back_and_tells_why(
     engine: Engine, capture: AnyCapture, first: CapturePlan | None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -56,6 +59,33 @@ INDICES = {SETS["ip"]: 3, SETS["ip6"]: 7}
 NAMES: Mapping[int, str] = {3: SETS["ip"], 7: SETS["ip6"]}
 PRINTABLE = st.characters(min_codepoint=0x20, max_codepoint=0x7E)
 STATES = ("related", "established", "new", "invalid", "untracked")
+
+CGROUPS = "netapply-tables-"
+
+
+@contextmanager
+def temporary_cgroup() -> Iterator[str]:
+    """A cgroup v2 that rules may name, or "" where none can be made. Removes those of test runs that were killed."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    root = next((Path(words[1]) for words in mounts if words[2] == "cgroup2"), None)
+    name = f"{CGROUPS}{os.getpid()}"
+    try:
+        if root is None:
+            raise FileNotFoundError
+        (root / name).mkdir(exist_ok=True)
+    except OSError:
+        yield ""
+        return
+    for left in root.glob(CGROUPS + "*"):
+        if not Path("/proc", left.name.removeprefix(CGROUPS)).exists():
+            with suppress(OSError):
+                left.rmdir()
+    try:
+        yield name
+    finally:
+        with suppress(OSError):
+            (root / name).rmdir()
+
 
 u32 = st.integers(0, 0xFFFFFFFF) | st.sampled_from([0, 1, 0x539, 0xFFFFFFFF])
 masks = st.just(0xFFFFFFFF) | u32

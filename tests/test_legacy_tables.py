@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -40,10 +38,9 @@ from netapply_iptables_legacy.snapshot import LegacySnapshot, read_table
 from netapply_iptables_legacy.sockopt import SO_SET_REPLACE, Blob, replace
 from tests import netns as namespaces
 from tests.netns import Netns
-from tests.test_legacy_rules import rulesets
+from tests.test_legacy_rules import rulesets, temporary_cgroup
 
 TCP = ProtocolMatch(6)
-CGROUP = f"netapply-tables-{os.getpid()}"
 FOREIGN = """*nat
 :PREROUTING ACCEPT [0:0]
 :INPUT ACCEPT [0:0]
@@ -105,16 +102,8 @@ def kernel(netns: Netns) -> Iterator[Namespace]:
 
 @pytest.fixture(scope="module")
 def cgroup() -> Iterator[str]:
-    """A cgroup v2 that rules may name, or "" where none can be made."""
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    root = next((Path(words[1]) for words in mounts if words[2] == "cgroup2"), None)
-    try:
-        (root or Path("/nowhere")).joinpath(CGROUP).mkdir()
-    except OSError:
-        yield ""
-        return
-    yield CGROUP
-    (root or Path("/nowhere")).joinpath(CGROUP).rmdir()
+    with temporary_cgroup() as name:
+        yield name
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,34 @@ def test_a_failure_at_any_step_leaves_the_namespace_as_it_was(
         assert capture.apply(FULL, backend=backend).changed
 
 
+STRANGERS = {
+    "nftables": "nft insert rule inet netapply nat-outbound ip ttl 5 return",
+    "iptables-nft": "iptables-nft -t nat -I NETAPPLY_OUTBOUND -m ttl --ttl-eq 5 -j RETURN",
+    "iptables-legacy": "iptables-legacy -t nat -I NETAPPLY_OUTBOUND -m ttl --ttl-eq 5 -j RETURN",
+}
+
+
+@each_backend
+def test_a_strange_rule_among_ours_is_shown_and_put_right(
+    netns: Netns, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the first try to put it right fails: then all of ours stands that could be read."""
+    plan = PLANS["redirect"]
+    with netapply.open(netns.path) as capture:
+        capture.apply(plan, backend=backend)
+        good = foreign.picture(netns)
+        netns.run(*STRANGERS[backend].split())
+        found = capture.verify()
+        assert [change.kind for change in found.changes] == ["remove"]
+        assert any("not one of ours" in rule.rule for rule in capture.show())
+        with monkeypatch.context() as patch:
+            _fail_at(patch, backend, 0, after=False)
+            with pytest.raises(ApplyError):
+                capture.apply(plan)
+        assert capture.apply(plan).existing_flows == 0
+        assert foreign.picture(netns) == good
+
+
 class _Fault:
     """Counts the commits of rules and routing, and fails one of them, before it is done or after."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -51,10 +50,11 @@ from netapply_wire.ipset import CreateSet, commit_set, set_index
 from netapply_wire.xtables import Extension
 from tests import netns as namespaces
 from tests.netns import Netns
+from tests.test_legacy_rules import CGROUPS, temporary_cgroup
 
 TCP, UDP = ProtocolMatch(6), ProtocolMatch(17)
 SET = "netapply-x-0011223344"
-CGROUP = f"netapply-test-{os.getpid()}"
+CGROUP = f"{CGROUPS}{os.getpid()}"
 COMMAND: dict[Family, str] = {"ip": "iptables-legacy", "ip6": "ip6tables-legacy"}
 
 
@@ -131,16 +131,9 @@ def place(private_xtables_lock: str) -> Iterator[tuple[Netns, Namespace]]:
 
 
 @pytest.fixture(scope="module")
-def cgroup() -> Iterator[None]:
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    root = next((Path(words[1]) for words in mounts if words[2] == "cgroup2"), None)
-    try:
-        (root or Path("/nowhere")).joinpath(CGROUP).mkdir()
-    except OSError:
-        yield
-        return
-    yield
-    (root or Path("/nowhere")).joinpath(CGROUP).rmdir()
+def cgroup() -> Iterator[str]:
+    with temporary_cgroup() as name:
+        yield name
 
 
 @pytest.mark.usefixtures("cgroup")

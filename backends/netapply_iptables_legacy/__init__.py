@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from netapply.backend import OURS, Dialect, Probe
+from netapply.backend import OURS, STRANGE_RULE, Dialect, Probe, is_strange
 from netapply_iptables_legacy import probe as probing
 from netapply_iptables_legacy.commit import commit_table
 from netapply_iptables_legacy.encode import LegacyStep, ReplaceTable, encode_steps
@@ -64,6 +64,8 @@ class LegacyBackend:
 
     def render_rule(self, table: Table, chain: Chain, rule: Rule) -> str:
         """One rule as iptables-save prints it: "-A CHAIN …"."""
+        if is_strange(rule):
+            return STRANGE_RULE
         return f"-A {chain.name}{save_rule(rule, family_of(table))}"
 
 

@@ -6,8 +6,9 @@ import errno
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from netapply.backend import STRANGE
 from netapply.errors import ConflictError, DecodeError, KernelError
-from netapply.ruleset import FAMILIES, Base, Chain, Ruleset, Table
+from netapply.ruleset import FAMILIES, Base, Chain, Jump, Rule, Ruleset, Table
 from netapply_iptables_legacy.entries import ACCEPT, Block, Entry, entry_counters, entry_offsets, parse, plain_entry
 from netapply_iptables_legacy.rules import decode_rule, encode_rule, set_indices
 from netapply_iptables_legacy.sockopt import HOOKS, Info, get_entries, get_info, table_names
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from netapply.backend import Counters, Owned
     from netapply.kernel import Kernel
-    from netapply.ruleset import ChainType, Family, Hook, Rule
+    from netapply.ruleset import ChainType, Family, Hook
 
 #: Tables in the order in which they are put up: what captures comes last.
 ORDER = ("raw", "mangle", "filter", "nat")
@@ -141,7 +142,7 @@ class LegacySnapshot:
 
     @property
     def ruleset(self) -> Ruleset | None:
-        """Ours, decoded. Raises DecodeError.
+        """Ours, decoded; a rule that is not one of ours is a jump to "<rule N>", the Nth entry of the table.
 
         Tables come as in ORDER, ip before ip6, built-in chains in the order of their hooks, then ours as they stand.
         In a built-in chain without foreign rules, where first and last are the same, ours are its `head`.
@@ -163,14 +164,11 @@ class LegacySnapshot:
     def _chains(self, family: Family, name: str) -> tuple[Chain, ...]:
         names = {index: each for each, index in self.indices.items()}
 
-        def decode(part: Part, entries: tuple[tuple[int, Entry], ...]) -> tuple[Rule, ...]:
-            try:
-                return tuple(decode_rule(entry, family, names) for _, entry in entries)
-            except DecodeError as error:
-                raise DecodeError(f"table {family} {name}, chain {part.block.name}: {error}") from error
+        def decode(entries: tuple[tuple[int, Entry], ...]) -> tuple[Rule, ...]:
+            return tuple(_decoded(entry, family, names, at) for at, entry in entries)
 
         return tuple(
-            Chain(part.block.name, decode(part, part.rules), base_of(name, part.block), decode(part, part.head))
+            Chain(part.block.name, decode(part.rules), base_of(name, part.block), decode(part.head))
             for part in self.parts[family, name]
             if part.ours or part.head or part.rules
         )
@@ -218,3 +216,10 @@ def base_of(table: str, block: Block) -> Base | None:
         return Base("nat", _HOOKS[block.name], _NAT_PRIORITIES[block.name])
     kind: ChainType = "route" if (table, block.name) == ("mangle", "OUTPUT") else "filter"
     return Base(kind, _HOOKS[block.name], _PRIORITIES[table])
+
+
+def _decoded(entry: Entry, family: Family, sets: Mapping[int, str], at: int) -> Rule:
+    try:
+        return decode_rule(entry, family, sets)
+    except DecodeError:
+        return Rule((), Jump(f"{STRANGE}rule {at}>"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from netapply.backend import OURS, Backend, Dialect, Owned, Probe, Step
+from netapply.backend import OURS, STRANGE_RULE, Backend, Dialect, Owned, Probe, Step, is_strange
 from netapply.backend import Snapshot as AnySnapshot
 from netapply.kernel import Kernel
 from netapply.ruleset import Chain, Rule, Ruleset, Table
@@ -66,6 +66,8 @@ class IptablesNft:
 
     def render_rule(self, table: Table, chain: Chain, rule: Rule) -> str:
         """One rule as iptables-nft-save prints it, without its table."""
+        if is_strange(rule):
+            return STRANGE_RULE
         return f"-A {chain.name}{save_rule(rule, 'ip6' if table.family == 'ip6' else 'ip')}"
 
 

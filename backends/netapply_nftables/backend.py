@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from netapply.backend import OURS, Dialect, Owned, Probe
+from netapply.backend import OURS, STRANGE_RULE, Dialect, Owned, Probe, is_strange
 from netapply.kernel import Kernel
 from netapply.ruleset import Chain, Rule, Ruleset, Table
 from netapply_nftables.changes import check, create_table, delete_table, update_table
 from netapply_nftables.probe import probe
 from netapply_nftables.render import render, render_rule
-from netapply_nftables.snapshot import STRANGE, Snapshot, find_table, read_snapshot
+from netapply_nftables.snapshot import Snapshot, find_table, read_snapshot
 from netapply_wire.nfnetlink import Batch, encode_batch, send_batch
 
 
@@ -64,8 +64,8 @@ class Nftables:
 
     def render_rule(self, table: Table, chain: Chain, rule: Rule) -> str:  # noqa: ARG002 - a rule says it all here
         """One rule as `nft` prints it, without its counter."""
-        if rule.statement.kind == "jump" and rule.statement.chain.startswith(STRANGE):
-            return "a rule that is not one of ours"
+        if is_strange(rule):
+            return STRANGE_RULE
         return render_rule(rule)[0].replace("counter packets 0 bytes 0 ", "", 1)
 
     def _creation(self, desired: Ruleset) -> Batch:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 
+from netapply.backend import STRANGE
 from netapply.errors import UnsupportedError
 from netapply.ruleset import Chain, Jump, NamedSet, PortRange, Rule, Ruleset, SetMatch, Table
 from netapply_nftables.encode import encode_rule
@@ -25,7 +26,6 @@ from netapply_nftables.snapshot import (
     NFTA_HOOK_HOOKNUM,
     NFTA_HOOK_PRIORITY,
     NFTA_TABLE_NAME,
-    STRANGE,
 )
 from netapply_wire.expressions import NF_ACCEPT
 from netapply_wire.nfnetlink import (

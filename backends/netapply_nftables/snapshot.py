@@ -45,9 +45,6 @@ NFT_CHAIN_BASE = 1
 HOOKS: tuple[Hook, ...] = ("prerouting", "input", "forward", "output", "postrouting")
 CHAIN_TYPES: dict[str, ChainType] = {"nat": "nat", "filter": "filter", "route": "route"}
 
-#: Names of what is in our table and not ours; no chain can be called so, so it never equals what we write.
-STRANGE = "<"
-
 
 class Contents(NamedTuple):
     """Our table as the kernel dumped it. `elements` go with `sets`."""

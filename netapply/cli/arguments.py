@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[Parser],
+    commands: argparse._SubParsersAction[Parser],  # pyright: ignore[reportPrivateUsage]  # it has no public name
     name: str,
     *,
     namespace: bool = False,

@@ -142,7 +142,7 @@ def show(arguments: argparse.Namespace, printer: Printer) -> int:
 
             printer.line(list_ruleset(capture.namespace, as_json=printer.json).rstrip("\n"))
             return 0
-        rules = capture.show()
+        rules = capture.show(backend=arguments.backend)
     if printer.json:
         printer.document("show", {"rules": [rule._asdict() for rule in rules]})
         return 0

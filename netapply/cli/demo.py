@@ -58,7 +58,7 @@ def demo_plan(mode: Mode) -> CapturePlan:
 
 def run_demo(printer: Printer, *, backends: tuple[str, ...], modes: tuple[Mode, ...], keep: bool) -> int:
     """Run all rounds and print them; 1 if any flow went wrong, or if no dialect works here."""
-    rounds = []
+    rounds: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="netapply-demo-") as state:
         # The namespaces are ours alone: neither the machine's journal nor its xtables lock is concerned.
         os.environ["XTABLES_LOCKFILE"] = f"{state}/xtables.lock"

@@ -15,6 +15,7 @@ from netapply.backend import Dialect
 from netapply.compiler import netapply_layout
 from netapply.compiler.layout import Part, assemble
 from netapply.compiler.terms import Terms
+from netapply.errors import UnsupportedError
 from netapply.plan import CapturePlan
 from netapply.ruleset import FAMILIES, Family, LocalAddress, LocalRoute, PolicyRule, Routing, Ruleset
 
@@ -30,6 +31,8 @@ def compile_plan(plan: CapturePlan, dialect: Dialect, layout: str = "netapply") 
 
     Kept for the last 64 plans: an agent compiles a plan once and applies it to as many namespaces as want it.
     """
+    if layout not in LAYOUTS:
+        raise UnsupportedError(f"no layout is called {layout!r}; there are {', '.join(LAYOUTS)}")
     terms = Terms(plan, dialect)
     parts = tuple(_commented(plan, LAYOUTS[layout](terms)))
     return assemble(parts, terms.sets.values(), dialect)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Terms, owner_matches, rule
+from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Terms, rule
 from netapply.decide import DNS_PORT
 from netapply.plan import Everything
 from netapply.ruleset import (
@@ -56,7 +56,7 @@ def exempt(terms: Terms, statement: Statement, protocols: tuple[ProtocolMatch, .
         protocol = PROTOCOLS[exception.protocol]
         if protocol in protocols:
             for chunk in terms.port_choices("dst", exception.ports):
-                for owner in owner_matches(exception.owners):
+                for owner in terms.owners(exception.owners):
                     yield rule(f"outbound.exclude_for_owners[{index}]", statement, protocol, *chunk, owner)
     for family, matches in terms.addresses("src", plan.proxy.passthrough_sources):
         yield rule("proxy.passthrough_sources", statement, ON_LO, *matches, family=family)
@@ -86,7 +86,7 @@ def self_calls(terms: Terms, statement: Statement) -> Iterator[Rule]:
     elif callers == "proxy":
         owners = [(match,) for _, match in terms.own()]
     else:
-        owners = [(match,) for match in owner_matches(callers)]
+        owners = [(match,) for match in terms.owners(callers)]
     families: tuple[Family, ...] = ("ip", "ip6")
     for owner in owners:
         for family in families:
@@ -116,10 +116,10 @@ def leave_loopback(terms: Terms) -> Iterator[Rule]:
 def leave_owners(terms: Terms, statement: Statement) -> Iterator[Rule]:
     """Owners whose traffic is not captured."""
     owners = terms.plan.outbound.owners
-    for match in owner_matches(owners.exclude):
+    for match in terms.owners(owners.exclude):
         yield rule("outbound.owners.exclude", statement, match)
     if owners.include != "*":
-        yield rule("outbound.owners.include", statement, *owner_matches(owners.include, negate=True))
+        yield rule("outbound.owners.include", statement, *terms.owners(owners.include, negate=True))
 
 
 def dns(terms: Terms, statement: Statement | None) -> Iterator[Rule]:

@@ -44,7 +44,7 @@ def base(table: TableName, chain: str) -> Base:
 def assemble(parts: Iterable[Part], sets: Iterable[NamedSet], dialect: Dialect) -> Ruleset:
     """The parts as tables: one a family and kind in a split dialect, a single inet one elsewhere."""
     listed = tuple(parts)
-    families = [family for family in FAMILIES if any(family in part.families for part in listed)]
+    families: list[Family] = [family for family in FAMILIES if any(family in part.families for part in listed)]
     if dialect.families == "inet":
         tables: tuple[Table, ...] = (Table("inet", "netapply", _inet_chains(listed)),) if listed else ()
     else:

@@ -123,15 +123,14 @@ class Terms:
         if proxy.mark is not None:
             yield "proxy.mark", MarkMatch(proxy.mark.value, proxy.mark.mask)
 
-
-def owner_matches(owners: Owners, *, negate: bool = False) -> Iterator[Match]:
-    """One match for each entry."""
-    for first, last in owners.uids:
-        yield OwnerMatch("uid", first, last, negate)
-    for first, last in owners.gids:
-        yield OwnerMatch("gid", first, last, negate)
-    for cgroup in owners.cgroups:
-        yield CgroupMatch(cgroup.path, cgroup.id, negate)
+    def owners(self, owners: Owners, *, negate: bool = False) -> Iterator[Match]:
+        """One match for each entry. Only native nftables stores a cgroup's number, the others its path alone."""
+        for first, last in owners.uids:
+            yield OwnerMatch("uid", first, last, negate)
+        for first, last in owners.gids:
+            yield OwnerMatch("gid", first, last, negate)
+        for path, number in owners.cgroups:
+            yield CgroupMatch(path, number if self._dialect.families == "inet" else 0, negate)
 
 
 def logged(plan: CapturePlan, rules: Iterable[Rule]) -> Iterator[Rule]:
