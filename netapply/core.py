@@ -48,7 +48,7 @@ def _session(namespace: Namespace, journal: Journal) -> Generator[_Session]:
     except JournalError as error:
         if journal.chosen:
             raise
-        yield _Session(None, None, (f"journal: an interrupted run could not be undone ({error})",), ())
+        yield _Session(None, None, (f"journal: none is kept, and a killed run would not be undone ({error})",), ())
         return
     try:
         entry, notes = _recover(namespace, files)
@@ -65,17 +65,22 @@ def _recover(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[st
         return None, (f"{error}; it was set aside as {files.set_aside()}",)
     if entry is None or not entry.pending:
         return entry, ()
-    said = Transaction(namespace, find_backend(entry.backend), OURS, files).restore(entry)
+    try:
+        said = Transaction(namespace, find_backend(entry.backend), OURS, files).restore(entry)
+    except NetapplyError as error:
+        # Whoever comes next brings the namespace to a state of its own, from wherever it is.
+        return entry, (f"an interrupted run could not be undone ({error})",)
     return files.load(), (f"an interrupted run was {said}",)
 
 
 def compiled(
-    plan: CapturePlan, backend: Backend, missing: Mapping[str, str], layout: str
+    namespace: Namespace, plan: CapturePlan, backend: Backend, missing: Mapping[str, str], layout: str
 ) -> tuple[State, CapturePlan, tuple[str, ...]]:
     """What the namespace should hold, the plan that it is of, and what had to be left out."""
     effective, degraded = degrade(plan, backend.name, missing)
     dialect = backend.dialect if "sets" not in missing else backend.dialect._replace(sets_from=0)
-    return State(compile_plan(effective, dialect, layout), compile_routing(effective)), effective, degraded
+    wanted, without = possible(namespace, compile_routing(effective))
+    return State(compile_plan(effective, dialect, layout), wanted), effective, degraded + without
 
 
 def apply(
@@ -99,7 +104,7 @@ def apply(
     begun = time.perf_counter()
     refuse_waiting(plan)
     with _session(namespace, journal or Journal()) as session:
-        chosen, reason = choose(namespace, backend, also=_also(session.entry))
+        chosen, reason, unseen = choose(namespace, backend, also=_also(session.entry))
         attempt = partial(
             _attempt, namespace, session, plan, layout, fingerprint, count_flows=count_flows, cancelled=cancelled
         )
@@ -108,7 +113,7 @@ def apply(
         except ApplyError as error:
             chosen, reason = _instead(namespace, chosen, backend, plan, error)
             done = attempt(chosen, probe(namespace, chosen).missing)
-    return done._replace(reason=reason, duration=time.perf_counter() - begun)
+    return done._replace(reason=reason, degraded=unseen + done.degraded, duration=time.perf_counter() - begun)
 
 
 def _attempt(
@@ -124,7 +129,7 @@ def _attempt(
     cancelled: Callable[[], bool],
 ) -> Result:
     """Apply by this backend, without what is missing."""
-    desired, effective, degraded = compiled(plan, backend, missing, layout)
+    desired, effective, degraded = compiled(namespace, plan, backend, missing, layout)
     known = session.entry.created if session.entry else Routing()
     before = readable(backend.read(namespace).ruleset) if count_flows else None
     entry = Entry(True, backend.name, NOWHERE, desired, known, layout, fingerprint)
@@ -167,6 +172,26 @@ _UNSUPPORTED = frozenset(
 )
 
 
+def possible(namespace: Namespace, wanted: Routing) -> tuple[Routing, tuple[str, ...]]:
+    """The routing that can stand here, and what cannot: where IPv6 is switched off on `lo`, nothing of IPv6."""
+    left = Routing(
+        tuple(rule for rule in wanted.rules if rule.family == "ip"),
+        tuple(route for route in wanted.routes if route.family == "ip"),
+        tuple(address for address in wanted.addresses if len(address.packed) == 4),
+        wanted.sysctls,
+    )
+    if left == wanted or not _ipv6_is_off(namespace):
+        return wanted, ()
+    return left, ("ipv6: switched off on lo, so its addresses and routes are left out; its rules stand",)
+
+
+def _ipv6_is_off(namespace: Namespace) -> bool:
+    try:
+        return namespace.read_file("sys/net/ipv6/conf/lo/disable_ipv6").strip() == "1"
+    except OSError:
+        return True  # a kernel without IPv6 has no such file
+
+
 def refuse_waiting(plan: CapturePlan) -> None:
     """Raise UnsupportedError for a plan that only a running agent can carry out."""
     if plan.activation == "on-listen":
@@ -181,7 +206,7 @@ def clean(namespace: Namespace, *, backend: str = "auto", journal: Journal | Non
     begun = time.perf_counter()
     steps: tuple[str, ...] = ()
     with _session(namespace, journal or Journal()) as session:
-        held = holding_ours(namespace, also=_also(session.entry)) if backend == "auto" else (backend,)
+        held, unseen = holding_ours(namespace, also=_also(session.entry)) if backend == "auto" else ((backend,), ())
         known = session.entry.created if session.entry else Routing()
         for name in held or PREFERENCE[:1]:
             entry = Entry(True, name, NOWHERE, NOWHERE, known)
@@ -191,16 +216,21 @@ def clean(namespace: Namespace, *, backend: str = "auto", journal: Journal | Non
         if session.files:
             session.files.forget()
     reason = "held our rules" if held else "nothing of ours was found in any dialect"
-    names = ", ".join(held)
     return Result(
-        bool(steps), names, reason, steps, session.degraded, session.notes, duration=time.perf_counter() - begun
+        bool(steps),
+        ", ".join(held),
+        reason,
+        steps,
+        session.degraded + unseen,
+        session.notes,
+        duration=time.perf_counter() - begun,
     )
 
 
 def diff(namespace: Namespace, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Diff:
     """What `apply` would change, rule by rule, against the live kernel. Changes nothing, and recovers nothing."""
-    chosen, reason = choose(namespace, backend)
-    desired, _, _ = compiled(plan, chosen, lacking(namespace, chosen, plan), layout)
+    chosen, reason, _ = choose(namespace, backend)
+    desired, _, _ = compiled(namespace, plan, chosen, lacking(namespace, chosen, plan), layout)
     return Diff(chosen.name, reason, _changes(namespace, chosen, desired))
 
 
@@ -252,16 +282,20 @@ def show(namespace: Namespace, *, backend: str = "auto", journal: Journal | None
     """
     entry = _peek(namespace, journal or Journal())
     applied = entry.desired.ruleset if entry else None
-    paths = {(table.family, chain.name, rule): rule.path for table, chain, _, rule in (applied or Ruleset()).walk()}
+    paths = {
+        (table.family, table.name, chain.name, rule): rule.path
+        for table, chain, _, rule in (applied or Ruleset()).walk()
+    }
     found: list[RuleCounter] = []
-    for name in holding_ours(namespace, also=_also(entry)) if backend == "auto" else (backend,):
+    held = holding_ours(namespace, also=_also(entry))[0] if backend == "auto" else (backend,)
+    for name in held:
         chosen = find_backend(name)
         snapshot = chosen.read(namespace)
         counters = snapshot.counters
         for table, chain, index, rule in (snapshot.ruleset or Ruleset()).walk():
             packets, size = counters.get((table.family, table.name, chain.name, index), (0, 0))
             text = chosen.render_rule(table, chain, rule)
-            path = paths.get((table.family, chain.name, rule), "")
+            path = paths.get((table.family, table.name, chain.name, rule), "")
             found.append(RuleCounter(table.family, table.name, chain.name, index, text, packets, size, path))
     return tuple(found)
 

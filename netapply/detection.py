@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from netapply.backend import BUILT_IN, OURS, Backend, Owned, Probe, find_backend
 from netapply.errors import ConflictError, KernelError, NetapplyError, UnsupportedError
@@ -24,7 +25,7 @@ def probe(kernel: Kernel, backend: Backend) -> Probe:
     if known is not None:
         return known
     found = backend.probe(kernel)
-    if found.status == "usable":
+    if found.status == "usable" and not found.missing:  # a missing module may be loaded any time
         _usable[backend.name] = found
     return found
 
@@ -36,10 +37,10 @@ def detect(kernel: Kernel, owned: Owned = OURS) -> Detection:
         backend = find_backend(name)
         found = backend.probe(kernel)
         missing = tuple(sorted(found.missing.items()))
-        ours = _holds(kernel, name, owned)
+        ours = found.status == "usable" and backend.detect(kernel, owned)
         candidates.append(Candidate(name, found.status, found.reason, ours, found.in_use, missing))
     try:
-        backend, reason = choose(kernel, "auto", owned)
+        backend, reason, _ = choose(kernel, "auto", owned)
         if not any(each.ours for each in candidates):
             backend, reason = next_usable(kernel)
     except NetapplyError as error:
@@ -47,28 +48,45 @@ def detect(kernel: Kernel, owned: Owned = OURS) -> Detection:
     return Detection(backend.name, reason, tuple(candidates))
 
 
-def holding_ours(kernel: Kernel, owned: Owned = OURS, also: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The backends, built in or named by `also`, in whose dialect something of ours stands.
+class Held(NamedTuple):
+    """The backends in whose dialect something of ours stands, and a line for each where we could not look."""
 
-    Raises KernelError where we may not look.
+    names: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+
+def holding_ours(kernel: Kernel, owned: Owned = OURS, also: tuple[str, ...] = ()) -> Held:
+    """Look in the dialects of all backends, built in or named by `also`. Raises KernelError if we may look in none."""
+    names: list[str] = []
+    unseen: dict[str, KernelError] = {}
+    every = (*PREFERENCE, *also)
+    for name in every:
+        try:
+            if find_backend(name).detect(kernel, owned):
+                names.append(name)
+        except KernelError as error:
+            # Otherwise the kernel does not have that dialect, and so holds nothing in it.
+            if error.errno in (errno.EPERM, errno.EACCES):
+                unseen[name] = error
+    if len(unseen) == len(every):
+        denied = unseen[every[0]]
+        denied.next_step = denied.next_step or "run as root, or with CAP_NET_ADMIN in the namespace"
+        raise denied
+    return Held(
+        tuple(names), tuple(f"{name}: we may not look for rules of ours there ({unseen[name]})" for name in unseen)
+    )
+
+
+def choose(
+    kernel: Kernel, wanted: str, owned: Owned = OURS, also: tuple[str, ...] = ()
+) -> tuple[Backend, str, tuple[str, ...]]:
+    """The backend to use, why, and where we could not look for ours.
+
+    Raises ConflictError when ours stands in another dialect, or in two.
     """
-    return tuple(name for name in (*PREFERENCE, *also) if _holds(kernel, name, owned))
-
-
-def _holds(kernel: Kernel, name: str, owned: Owned) -> bool:
-    try:
-        return find_backend(name).detect(kernel, owned)
-    except KernelError as error:
-        if error.errno in (errno.EPERM, errno.EACCES):
-            error.next_step = error.next_step or "run as root, or with CAP_NET_ADMIN in the namespace"
-            raise
-        return False  # a kernel without that dialect holds nothing in it
-
-
-def choose(kernel: Kernel, wanted: str, owned: Owned = OURS, also: tuple[str, ...] = ()) -> tuple[Backend, str]:
-    """The backend to use and why. Raises ConflictError when ours stands in another dialect, or in two."""
-    named = () if wanted in ("auto", *PREFERENCE, *also) else (wanted,)
-    return pick(holding_ours(kernel, owned, also + named), wanted)
+    named = () if wanted in ("auto", *PREFERENCE, *also) else (find_backend(wanted).name,)
+    held = holding_ours(kernel, owned, also + named)
+    return (*pick(held.names, wanted), held.unseen)
 
 
 def pick(held: tuple[str, ...], wanted: str) -> tuple[Backend, str]:

@@ -66,6 +66,12 @@ class Journal:
             ) from error
         try:
             return Files(directory, _name(identity), timeout)
+        except OSError as error:
+            os.close(directory)
+            raise JournalError(
+                f"state directory {self.directory} cannot be used: {error.strerror}",
+                next_step="name a writable one on a tmpfs by --state-dir or NETAPPLY_STATE_DIR",
+            ) from error
         except BaseException:
             os.close(directory)
             raise
@@ -90,8 +96,13 @@ class Files:
             fd = os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         except FileNotFoundError:
             return None
-        with os.fdopen(fd, "rb") as file:
-            data = file.read()
+        except OSError as error:  # a link, or something that is no file
+            raise JournalError(f"journal {self._name} cannot be read: {error.strerror}") from error
+        try:
+            with os.fdopen(fd, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise JournalError(f"journal {self._name} cannot be read: {error.strerror}") from error
         return _decode(data, self._name)
 
     def store(self, entry: Entry) -> None:
@@ -122,11 +133,17 @@ class Files:
             os.unlink(self._name, dir_fd=self._directory)
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise JournalError(f"journal {self._name} cannot be removed: {error.strerror}") from error
 
     def set_aside(self) -> str:
         """Rename a file that cannot be read, and return its new name."""
         name = f"{self._name}.bad"
-        os.rename(self._name, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        try:
+            os.rename(self._name, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        except OSError as error:
+            step = "remove it by hand: nothing else depends on it"
+            raise JournalError(f"{self._name} cannot be set aside: {error.strerror}", next_step=step) from error
         return name
 
 
@@ -162,7 +179,7 @@ def _open_directory(path: str) -> int:
     try:
         fd = os.open(path, flags)
     except FileNotFoundError:
-        os.makedirs(path, 0o700)
+        os.makedirs(path, 0o700, exist_ok=True)  # another thread or process may be first
         fd = os.open(path, flags)
     status = os.fstat(fd)
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:

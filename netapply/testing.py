@@ -246,7 +246,7 @@ class FakeCapture:
         reason = "held our rules" if held else "nothing of ours was found in any dialect"
         return Result(bool(steps), ", ".join(held), reason, steps, duration=time.perf_counter() - begun)
 
-    def show(self) -> tuple[RuleCounter, ...]:
+    def show(self, *, backend: str = "auto") -> tuple[RuleCounter, ...]:
         """As `Capture.show`; counted up by `send`."""
         with self._turn("show"):
             return tuple(
@@ -259,7 +259,7 @@ class FakeCapture:
                     *self.namespace.counters[name, table.family, table.name, chain.name, index],
                     rule.path,
                 )
-                for name in self._held()
+                for name in (self._held() if backend == "auto" else (backend,))
                 for table, chain, index, rule in self.namespace.rulesets[name].walk()
             )
 

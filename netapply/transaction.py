@@ -33,6 +33,14 @@ class Outcome(NamedTuple):
     created: Routing
 
 
+class Start(NamedTuple):
+    """What was there when a run began: as a state to come back to, and as it was read."""
+
+    before: State
+    snapshot: Snapshot
+    standing: routing.Standing
+
+
 class Transaction:
     """One change of one namespace by one backend."""
 
@@ -66,9 +74,9 @@ class Transaction:
             return Outcome((), standing.ours)
         before = State(readable(snapshot.ruleset), standing.ours)
         known = routing.remember(standing.ours, [step for step in wanted if step.add])
+        self._namespace.verify_identity()
         self._store(entry._replace(pending=True, before=before, created=known))
         try:
-            self._namespace.verify_identity()
             created = self._converge(entry.desired, entry.created, snapshot)
             self._prove(entry.desired, created)
             self._step = "commit the journal"
@@ -77,9 +85,9 @@ class Transaction:
             self._store(entry._replace(pending=False, before=before, created=created))
         except BaseException as error:  # also an interrupt is undone
             undone = entry._replace(pending=False, desired=before, before=before)
-            if previous is not None and previous.desired.ruleset == before.ruleset:
-                undone = previous
-            self._undo(before, known, undone, error)
+            if previous is not None and not self._backend.encode(snapshot, previous.desired.ruleset):
+                undone = previous  # says the same, and which plan paths the rules came from
+            self._undo(Start(before, snapshot, standing), known, undone, error)
             raise
         return Outcome(tuple(self._done), created)
 
@@ -94,12 +102,14 @@ class Transaction:
         self._store(entry._replace(pending=False, desired=entry.before, created=created))
         return f"undone ({'; '.join(self._done)})" if self._done else "found to have changed nothing"
 
-    def _undo(self, before: State, known: Routing, undone: Entry, error: BaseException) -> None:
+    def _undo(self, start: Start, known: Routing, undone: Entry, error: BaseException) -> None:
         """Back to `before`. Raises ApplyError, saying whether that held; returns after an interrupt, if it did."""
         failed, self._done, self._cancelled = self._step, [], lambda: False
         try:
-            created = self._converge(before, known)
-            self._prove(before, created)
+            created = start.standing.ours
+            if not self._is_as_at(start, known):
+                created = self._converge(start.before, known)
+                self._prove(start.before, created)
             # A journal that cannot be written still says "pending", and the next command finds nothing left to undo.
             with suppress(JournalError):
                 self._store(undone._replace(created=created))
@@ -108,6 +118,13 @@ class Transaction:
         if not isinstance(error, Exception):
             return
         raise ApplyError(failed, error, restored=True) from error
+
+    def _is_as_at(self, start: Start, known: Routing) -> bool:
+        """Whether nothing has happened yet: then what is strange among ours can stay, too."""
+        there = self._backend.read(self._namespace, self._owned)
+        standing = routing.read(self._namespace, start.before.routing, known)
+        same = there.ruleset == start.snapshot.ruleset and standing.ours == start.standing.ours
+        return same and not any(step.add for step in routing.plan(standing, start.before.routing))
 
     def _converge(self, state: State, record: Routing, snapshot: Snapshot | None = None) -> Routing:
         """Bring the namespace to `state` from wherever it is; returns the routing that is ours then."""

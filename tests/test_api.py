@@ -83,7 +83,18 @@ class RealEngine:
         self._patch.setattr(dialect, "commit", failing)
 
     def lack(self, feature: str, reason: str) -> None:
-        self._patch.setitem(detection._usable, self.backend, Probe("usable", "all but one", {feature: reason}))
+        """The kernel refuses, once, and the probe says why."""
+        found, chosen = Probe("usable", "all but one", {feature: reason}), find_backend(self.backend)
+        refusals = iter([KernelError("add rule", 95)])
+
+        def commit(_self: object, *arguments: object, _commit: Callable[..., object] = chosen.commit) -> object:
+            for error in refusals:
+                raise error
+            return _commit(*arguments)
+
+        self._patch.setitem(detection._usable, self.backend, found)
+        if self.backend == "nftables":  # the others ask before they begin
+            self._patch.setattr(type(chosen), "commit", commit)
 
 
 class FakeEngine:

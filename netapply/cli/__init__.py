@@ -5,29 +5,42 @@ Exit codes: 0 done; 1 error, bad input included; 2 `diff` found changes; 3 `veri
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
-from netapply.cli.arguments import build_parser
+from netapply.cli.arguments import UsageError, build_parser
 from netapply.errors import NetapplyError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    try:
+        arguments = build_parser().parse_args(argv)
+    except UsageError as error:
+        return _misused(sys.argv[1:] if argv is None else argv, error)
     from netapply.cli import commands, output
 
     printer = output.Printer(arguments.output, sys.stdout, sys.stderr)
     try:
-        return commands.COMMANDS[arguments.command](arguments, printer)
+        code = commands.COMMANDS[arguments.command](arguments, printer)
+        printer.flush()
     except NetapplyError as error:
         printer.error(arguments.command, error)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of a pipe has gone (`netapply show | head`): nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt:
-        printer.error(arguments.command, NetapplyError("interrupted; what had begun was rolled back"))
+        step = "netapply verify tells what stands; a run that had not ended was rolled back"
+        printer.error(arguments.command, NetapplyError("interrupted", next_step=step))
         return 130
+    return code
+
+
+def _misused(argv: Sequence[str], error: UsageError) -> int:
+    """Say what is wrong with the command line, in the form that it asks for."""
+    from netapply.cli import output
+
+    form = "json" if {"json", "--output=json", "-ojson"}.intersection(argv) else "text"
+    printer = output.Printer(form, sys.stdout, sys.stderr)
+    if form == "text":
+        sys.stderr.write(error.usage)
+    printer.error(argv[0] if argv and not argv[0].startswith("-") else "netapply", error)
+    return error.exit_code

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import NoReturn
+
+from netapply.errors import NetapplyError
 
 BACKENDS = ("auto", "nftables", "iptables-nft", "iptables-legacy")
 
@@ -22,13 +23,20 @@ SUMMARY = {
 }
 
 
+class UsageError(NetapplyError):
+    """The command line cannot be understood. `usage` says how it is meant."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but with exit code 1 for bad input: 2 is `diff`'s."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and how it is meant."""
-        self.print_usage(sys.stderr)
-        self.exit(1, f"netapply: {message}\n")
+        """Raise UsageError instead of ending the process."""
+        raise UsageError(message, self.format_usage())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,9 +93,16 @@ def _command(
             help="network namespace: a name, a path, pid:N or fd:N; the one that this runs in by default",
         )
         parser.add_argument("--host", action="store_true", help="allow the machine's own namespace")
-        parser.add_argument("--lock-timeout", type=float, default=10.0, metavar="SECONDS", help="default 10")
+        parser.add_argument("--lock-timeout", type=_seconds, default=10.0, metavar="SECONDS", help="default 10")
         parser.add_argument("--state-dir", metavar="DIR", help="where the journal is; default /run/netapply")
     return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
+    return value
 
 
 def _backend(parser: argparse.ArgumentParser, default: str = "auto", choices: tuple[str, ...] = BACKENDS) -> None:

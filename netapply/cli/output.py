@@ -24,7 +24,23 @@ class Printer:
 
     def line(self, text: str = "") -> None:
         """One line of text."""
-        self._out.write(text + "\n")
+        self._write(text + "\n")
+
+    def flush(self) -> None:
+        """Write what is left. Raises NetapplyError where it cannot be written."""
+        self._write("", flush=True)
+
+    def _write(self, text: str, *, flush: bool = False) -> None:
+        try:
+            self._out.write(text)
+            if flush:
+                self._out.flush()
+        except BrokenPipeError:
+            # The reader has gone (`netapply show | head`): what was done is done, and nobody is left to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
+            raise NetapplyError(f"the output cannot be written: {error.strerror}") from error
 
     def note(self, text: str) -> None:
         """A line beside the output: a warning, or progress."""
@@ -46,8 +62,7 @@ class Printer:
     def document(self, command: str, body: dict[str, Any], *, ok: bool = True) -> None:
         """One JSON object with its version."""
         whole = {"version": RESULT_VERSION, "command": command, "ok": ok, **body}
-        json.dump(whole, self._out, indent=2, default=_plain)
-        self._out.write("\n")
+        self.line(json.dumps(whole, indent=2, default=_plain))
 
     def error(self, command: str, error: NetapplyError) -> None:
         """What failed, where, why, and what to do next."""

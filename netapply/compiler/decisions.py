@@ -91,6 +91,8 @@ def self_calls(terms: Terms, statement: Statement) -> Iterator[Rule]:
     for owner in owners:
         for family in families:
             own = [block for block in plan.proxy.loopback if block.family == family]
+            if any(not block.prefix for block in own):
+                continue  # all of the family is loopback: no address is left to call
             far = tuple(match for _, matches in terms.addresses("dst", own, negate=True) for match in matches)
             yield rule("proxy.self_calls", statement, ON_LO, IS_TCP, *far, *ports, *owner, family=family)
 

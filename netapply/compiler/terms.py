@@ -82,6 +82,9 @@ class Terms:
                 yield family, (SetMatch(side, self._named_set(family, mine), negate),)
             else:
                 for block in mine:
+                    if not (block.prefix or negate):
+                        yield family, ()  # every address of the family: iptables cannot say so in a match
+                        continue
                     yield family, (AddressMatch(side, block, negate),)
 
     def _named_set(self, family: Family, blocks: tuple[Cidr, ...]) -> str:
