@@ -14,7 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from netapply import routing
-from netapply.backend import OURS, Backend, find_backend, readable
+from netapply.backend import OURS, Backend, find_backend
 from netapply.compiler import compile_plan, compile_routing
 from netapply.detection import PREFERENCE, choose, holding_ours, lacking, next_usable, probe
 from netapply.differences import ruleset_changes
@@ -131,11 +131,13 @@ def _attempt(
     """Apply by this backend, without what is missing."""
     desired, effective, degraded = compiled(namespace, plan, backend, missing, layout)
     known = session.entry.created if session.entry else Routing()
-    before = readable(backend.read(namespace).ruleset) if count_flows else None
     entry = Entry(True, backend.name, NOWHERE, desired, known, layout, fingerprint)
     outcome = Transaction(namespace, backend, OURS, session.files, cancelled).run(entry, session.entry)
     if not outcome.steps and session.files and (session.entry is None or session.entry.fingerprint != fingerprint):
-        session.files.store(entry._replace(pending=False, before=desired, created=outcome.created))
+        session.files.settle(entry._replace(before=desired, created=outcome.created))
+    flows: int | None = None
+    if count_flows:
+        flows = treated_otherwise(existing_flows(namespace), outcome.before, desired.ruleset) if outcome.steps else 0
     return Result(
         bool(outcome.steps),
         backend.name,
@@ -144,7 +146,7 @@ def _attempt(
         session.degraded + degraded,
         session.notes,
         ipv6=effective.ipv6,
-        existing_flows=treated_otherwise(existing_flows(namespace), before, desired.ruleset) if count_flows else None,
+        existing_flows=flows,
     )
 
 

@@ -1,8 +1,9 @@
 """The write-ahead journal: one file a namespace says what was, what should be, and whether it is done.
 
-It is written before the first change and again after the last, so that an interrupted run is finished or undone by
-the next command. Everything that it speaks of lives in the kernel and ends with it, so the default place is a tmpfs.
-Files are written whole to a temporary name, synced, and renamed: a reader sees the old one or the new one.
+It is written, under a name that says pending, before the first change, and gets its own name after the last: so an
+interrupted run is finished or undone by the next command. Everything that it speaks of lives in the kernel and ends
+with it, so the default place is a tmpfs. Files are written whole to a temporary name, synced, and renamed: a reader
+sees the old one or the new one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import stat
 import time
 import zlib
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from netapply.errors import DecodeError, JournalError, LockError
@@ -33,7 +36,7 @@ class State(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One namespace's file. `pending` says that a run began and did not end.
+    """One namespace's file. `pending` says that a run began and did not end; it is told by the file's name.
 
     `created` is the routing that we put up ourselves, now or before: all that clean may remove.
     """
@@ -83,6 +86,8 @@ class Files:
     def __init__(self, directory: int, name: str, timeout: float) -> None:
         self._directory = directory
         self._name = name
+        self._pending = f"{name}.pending"
+        self._begun: Entry | None = None
         self._lock = _lock(directory, f"{name}.lock", timeout)
 
     def close(self) -> None:
@@ -92,25 +97,61 @@ class Files:
 
     def load(self) -> Entry | None:
         """The entry; None when there is none, or it is from before the machine started. Raises JournalError."""
+        pending = self._read(self._pending)
+        data = self._read(self._name) if pending is None else pending
+        return None if data is None else _decode(data, self._name, pending=pending is not None)
+
+    def begin(self, entry: Entry) -> None:
+        """Write the entry of a run before its first change: on the disk, whole, when this returns."""
+        self._write(entry, self._pending)
+        self._begun = entry
+
+    def settle(self, entry: Entry) -> None:
+        """The run is over, and `entry` is what stands: mostly as it began, and then only the name changes."""
+        entry = entry._replace(pending=True)
+        if self._begun == entry:
+            with _said("the journal cannot be written"):
+                os.rename(self._pending, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                os.fsync(self._directory)
+        else:
+            self._write(entry, self._name)
+            self._unlink(self._pending)
+        self._begun = None
+
+    def discard(self) -> None:
+        """The run was undone, and what the journal said before it began is true again."""
+        self._unlink(self._pending)
+        self._begun = None
+
+    def forget(self) -> None:
+        """Nothing of ours is left in the namespace: neither are its files."""
+        self._unlink(self._name)
+        self.discard()
+        self._unlink(f"{self._name}.lock")
+
+    def set_aside(self) -> str:
+        """Rename files that cannot be read, and return the new name of one."""
+        with _said("the journal cannot be set aside"):
+            for name in (self._name, self._pending):
+                with suppress(FileNotFoundError):
+                    os.rename(name, f"{self._name}.bad", src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        return f"{self._name}.bad"
+
+    def _read(self, name: str) -> bytes | None:
         try:
-            fd = os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         except FileNotFoundError:
             return None
-        except OSError as error:  # a link, or something that is no file
-            raise JournalError(f"journal {self._name} cannot be read: {error.strerror}") from error
-        try:
-            with os.fdopen(fd, "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise JournalError(f"journal {self._name} cannot be read: {error.strerror}") from error
-        return _decode(data, self._name)
+        except OSError as error:  # a link
+            raise JournalError(f"journal {name} cannot be read: {error.strerror}") from error
+        with _said("the journal cannot be read"), os.fdopen(fd, "rb") as file:
+            return file.read()
 
-    def store(self, entry: Entry) -> None:
-        """Write the entry so that it is on the disk, whole, when this returns."""
+    def _write(self, entry: Entry, name: str) -> None:
         data = _encode(entry)
         temporary = f"{self._name}.new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
+        with _said("the journal cannot be written"):
             fd = os.open(temporary, flags, 0o600, dir_fd=self._directory)
             try:
                 written = 0
@@ -119,32 +160,22 @@ class Files:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            os.rename(temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            os.rename(temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             os.fsync(self._directory)
-        except OSError as error:
-            raise JournalError(
-                f"the journal cannot be written: {error.strerror}",
-                next_step="free space in the state directory, or name another by --state-dir",
-            ) from error
 
-    def forget(self) -> None:
-        """Nothing of ours is left in the namespace: neither is its file."""
-        try:
-            os.unlink(self._name, dir_fd=self._directory)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise JournalError(f"journal {self._name} cannot be removed: {error.strerror}") from error
+    def _unlink(self, name: str) -> None:
+        with _said("the journal cannot be removed"), suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._directory)
 
-    def set_aside(self) -> str:
-        """Rename a file that cannot be read, and return its new name."""
-        name = f"{self._name}.bad"
-        try:
-            os.rename(self._name, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        except OSError as error:
-            step = "remove it by hand: nothing else depends on it"
-            raise JournalError(f"{self._name} cannot be set aside: {error.strerror}", next_step=step) from error
-        return name
+
+@contextmanager
+def _said(what: str) -> Generator[None]:
+    """An OSError as a JournalError that says what could not be done."""
+    try:
+        yield
+    except OSError as error:
+        step = "free space in the state directory, or name another by --state-dir"
+        raise JournalError(f"{what}: {error.strerror}", next_step=step) from error
 
 
 def _name(identity: NamespaceId) -> str:
@@ -152,25 +183,33 @@ def _name(identity: NamespaceId) -> str:
 
 
 def _lock(directory: int, name: str, timeout: float) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(name, flags, 0o600, dir_fd=directory)
+    """The lock file, open and locked. Who waited for one that `forget` has removed meanwhile takes the next."""
     deadline = time.monotonic() + timeout
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+    while True:
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+        try:
+            while not _locked(fd):
                 if time.monotonic() >= deadline:
                     raise LockError(
                         f"another netapply has been at work on this namespace for more than {timeout:g} s",
                         next_step="wait for it, or allow more by --lock-timeout",
-                    ) from None
+                    )
                 time.sleep(0.005)
-            else:
-                return fd
-    except BaseException:
+            with suppress(FileNotFoundError):
+                if os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
-        raise
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _open_directory(path: str) -> int:
@@ -197,7 +236,6 @@ def _encode(entry: Entry) -> bytes:
     body = {
         "format": FORMAT,
         "boot": _boot(),
-        "pending": entry.pending,
         "backend": entry.backend,
         "layout": entry.layout,
         "fingerprint": entry.fingerprint,
@@ -211,7 +249,7 @@ def _encode(entry: Entry) -> bytes:
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
-def _decode(data: bytes, name: str) -> Entry | None:
+def _decode(data: bytes, name: str, *, pending: bool) -> Entry | None:
     checksum, _, text = data.rstrip(b"\n").partition(b" ")
     try:
         if int(checksum, 16) != zlib.crc32(text):
@@ -222,7 +260,7 @@ def _decode(data: bytes, name: str) -> Entry | None:
         if body["boot"] != _boot():
             return None
         return Entry(
-            bool(body["pending"]),
+            pending,
             body["backend"],
             _state(body["before"]),
             _state(body["desired"]),

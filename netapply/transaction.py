@@ -18,7 +18,7 @@ from netapply.backend import Backend, Owned, Snapshot, readable
 from netapply.errors import ApplyError, CancelledError, ConflictError, GenerationChanged, JournalError, NetapplyError
 from netapply.journal import Entry, Files, State
 from netapply.namespace import Namespace
-from netapply.ruleset import Routing
+from netapply.ruleset import Routing, Ruleset
 
 #: How often the rules are read and encoded anew when somebody else changes them in between.
 ATTEMPTS = 12
@@ -27,10 +27,11 @@ FIRST_PAUSE = 0.001
 
 
 class Outcome(NamedTuple):
-    """The steps that were done, by name, and the routing that is ours now."""
+    """The steps that were done, by name, the routing that is ours now, and the rules that were ours before."""
 
     steps: tuple[str, ...]
     created: Routing
+    before: Ruleset | None
 
 
 class Start(NamedTuple):
@@ -71,35 +72,37 @@ class Transaction:
         standing = routing.read(self._namespace, entry.desired.routing, entry.created)
         wanted = routing.plan(standing, entry.desired.routing)
         if not wanted and not self._backend.encode(snapshot, entry.desired.ruleset):
-            return Outcome((), standing.ours)
+            return Outcome((), standing.ours, entry.desired.ruleset)
         before = State(readable(snapshot.ruleset), standing.ours)
         known = routing.remember(standing.ours, [step for step in wanted if step.add])
         self._namespace.verify_identity()
-        self._store(entry._replace(pending=True, before=before, created=known))
+        begun = entry._replace(pending=True, before=before, created=known)
+        if self._files is not None:
+            self._files.begin(begun)
         try:
-            created = self._converge(entry.desired, entry.created, snapshot)
+            created = self._converge(entry.desired, entry.created, (snapshot, standing))
             self._prove(entry.desired, created)
             self._step = "commit the journal"
             if self._cancelled():  # the last moment at which going back is not a second change
                 raise CancelledError("cancelled")
-            self._store(entry._replace(pending=False, before=before, created=created))
+            self._settle(begun._replace(created=created))
         except BaseException as error:  # also an interrupt is undone
-            undone = entry._replace(pending=False, desired=before, before=before)
+            undone = begun._replace(desired=before)
             if previous is not None and not self._backend.encode(snapshot, previous.desired.ruleset):
                 undone = previous  # says the same, and which plan paths the rules came from
             self._undo(Start(before, snapshot, standing), known, undone, error)
             raise
-        return Outcome(tuple(self._done), created)
+        return Outcome(tuple(self._done), created, before.ruleset)
 
     def restore(self, entry: Entry) -> str:
         """Finish or undo an interrupted run, and say which. Raises NetapplyError if neither held."""
         if not self._differs(entry.desired, entry.created):
             created = routing.read(self._namespace, entry.desired.routing, entry.created).ours
-            self._store(entry._replace(pending=False, created=created))
+            self._settle(entry._replace(created=created))
             return "found finished"
         created = self._converge(entry.before, entry.created)
         self._prove(entry.before, created)
-        self._store(entry._replace(pending=False, desired=entry.before, created=created))
+        self._settle(entry._replace(desired=entry.before, created=created))
         return f"undone ({'; '.join(self._done)})" if self._done else "found to have changed nothing"
 
     def _undo(self, start: Start, known: Routing, undone: Entry, error: BaseException) -> None:
@@ -112,7 +115,10 @@ class Transaction:
                 self._prove(start.before, created)
             # A journal that cannot be written still says "pending", and the next command finds nothing left to undo.
             with suppress(JournalError):
-                self._store(undone._replace(created=created))
+                if undone.pending or undone.created != created:
+                    self._settle(undone._replace(created=created))
+                elif self._files is not None:
+                    self._files.discard()
         except BaseException as second:  # noqa: BLE001 - whatever it is, both causes are raised
             raise ApplyError(failed, error, restored=False, rollback=second) from error
         if not isinstance(error, Exception):
@@ -126,9 +132,14 @@ class Transaction:
         same = there.ruleset == start.snapshot.ruleset and standing.ours == start.standing.ours
         return same and not any(step.add for step in routing.plan(standing, start.before.routing))
 
-    def _converge(self, state: State, record: Routing, snapshot: Snapshot | None = None) -> Routing:
-        """Bring the namespace to `state` from wherever it is; returns the routing that is ours then."""
-        standing = routing.read(self._namespace, state.routing, record)
+    def _converge(
+        self, state: State, record: Routing, read: tuple[Snapshot, routing.Standing] | None = None
+    ) -> Routing:
+        """Bring the namespace to `state` from wherever it is; returns the routing that is ours then.
+
+        `read` is what was just read, where somebody did.
+        """
+        snapshot, standing = read or (None, routing.read(self._namespace, state.routing, record))
         steps = routing.plan(standing, state.routing)
         done = [step for step in steps if step.add and self._route(step)]
         self._rules(state, snapshot)
@@ -189,6 +200,6 @@ class Transaction:
         rest = routing.plan(routing.read(self._namespace, state.routing, record), state.routing)
         return next((step.name for step in (*steps, *rest)), "")
 
-    def _store(self, entry: Entry) -> None:
+    def _settle(self, entry: Entry) -> None:
         if self._files is not None:
-            self._files.store(entry)
+            self._files.settle(entry)

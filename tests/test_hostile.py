@@ -170,7 +170,7 @@ def test_clean_works_after_a_damaged_and_interrupted_run(netns: Netns, tmp_path:
         files = Journal(str(state)).acquire(capture.namespace.identity, 1)
         entry = files.load()
         assert entry
-        files.store(entry._replace(pending=True, before=entry.desired))
+        files.begin(entry._replace(before=entry.desired))
         files.close()
         assert journal.exists()
         assert capture.clean().changed
@@ -182,3 +182,11 @@ def test_capture_by_cgroups_alone_is_never_degraded_to_no_capture() -> None:
     plan = CapturePlan(outbound=Outbound(owners=only), prefer=("cgroups",))
     with pytest.raises(UnsupportedError, match="nothing would be captured"):
         degrade(plan, "nftables", {"cgroups": "no module"})
+
+
+def test_clean_leaves_no_file_behind(netns: Netns, tmp_path: Path) -> None:
+    with netapply.open(netns.path, state_directory=str(tmp_path / "state")) as capture:
+        capture.apply(CapturePlan())
+        assert list((tmp_path / "state").iterdir())
+        capture.clean()
+    assert not list((tmp_path / "state").iterdir())

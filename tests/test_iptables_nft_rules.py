@@ -32,6 +32,7 @@ from netapply_iptables_nft.tables import read_tables
 from netapply_wire.expressions import (
     NFT_CMP_EQ,
     NFT_CMP_LTE,
+    NFT_CMP_NEQ,
     NFT_GOTO,
     NFT_META_OIFNAME,
     NFT_RETURN,
@@ -44,6 +45,7 @@ from netapply_wire.expressions import (
     target,
     verdict,
 )
+from netapply_wire.iptables_save import save_rule
 from netapply_wire.nfnetlink import u32, u64
 from tests import netns as namespaces
 from tests.iptables_nft_rules import rulesets
@@ -216,16 +218,28 @@ TCP = ProtocolMatch(6)
         (IfaceMatch("out", "lo"), IfaceMatch("out", "eth0")),
         (TCP, ProtocolMatch(17)),
         (AddressMatch("src", Cidr(bytes(16), 8)),),
-        (IfaceMatch("in", "+"),),
         (IfaceMatch("in", "a" * 16),),
         (PortMatch("dst", (PortRange(1, 1),)),),
     ],
-    ids=["two sources", "two interfaces", "two protocols", "other family", "any interface", "long name", "no protocol"],
+    ids=["two sources", "two interfaces", "two protocols", "other family", "long name", "no protocol"],
 )
 def test_what_iptables_cannot_say_is_refused(matches: tuple[object, ...]) -> None:
     """A rule that iptables would misread is refused before the kernel is touched."""
     with pytest.raises(UnsupportedError):
         encode_rule(Rule(matches, Return()), "ip")
+
+
+@pytest.mark.parametrize("negate", [False, True])
+def test_every_interface_and_none_are_spelled_as_iptables_does(worn: tuple[Netns, Namespace], negate: bool) -> None:
+    """`+` is loaded and not compared; `! +` is a name that no interface can have."""
+    netns, kernel = worn
+    rule = Rule((IfaceMatch("out", "+", negate), ProtocolMatch(6)), Return())
+    netns.run("iptables-nft", "-t", "raw", "-F")
+    netns.run("iptables-nft", "-t", "raw", "-A", "OUTPUT", *(["!"] * negate), "-o", "+", "-p", "tcp", "-j", "RETURN")
+    (found,) = read_tables(kernel)["ip", "raw"].chains["OUTPUT"].rules
+    assert decode_rule(without_state(found.expressions), "ip") == rule
+    assert f"-A OUTPUT{save_rule(rule, 'ip')}" in netns.run("iptables-nft-save", "-t", "raw")
+    netns.run("iptables-nft", "-t", "raw", "-F")
 
 
 OIF = meta(NFT_META_OIFNAME) + cmp(NFT_CMP_EQ, b"lo\0")
@@ -241,8 +255,10 @@ RETURN = verdict(NFT_RETURN)
         OIF + counter(),
         counter() + RETURN + OIF,
         OIF + OIF + counter() + RETURN,
-        meta(NFT_META_OIFNAME) + counter() + RETURN,
-        meta(NFT_META_OIFNAME) + DADDR + cmp(NFT_CMP_EQ, b"\n") + counter() + RETURN,
+        DADDR + counter() + RETURN,
+        DADDR + meta(NFT_META_OIFNAME) + cmp(NFT_CMP_EQ, b"lo\0") + counter() + RETURN,
+        OIF + meta(NFT_META_OIFNAME) + counter() + RETURN,
+        meta(NFT_META_OIFNAME) + cmp(NFT_CMP_NEQ, b"INVAL/D\0") + counter() + RETURN,
         DADDR + bitwise(b"\xff\0\0\0", b"\1\0\0\0") + cmp(NFT_CMP_EQ, b"\n\0\0\0") + counter() + RETURN,
         DADDR + bitwise(b"\xff\0\xff\0") + cmp(NFT_CMP_EQ, b"\n\0\0\0") + counter() + RETURN,
         DADDR + cmp(NFT_CMP_LTE, b"\n\0\0\0") + counter() + RETURN,
@@ -254,8 +270,8 @@ RETURN = verdict(NFT_RETURN)
     ],
     ids=[
         "no counter", "two counters", "no statement", "match after statement", "a field twice", "load without compare",
-        "load over a load", "xor", "a mask with holes", "less than", "another field", "bytes a minute",
-        "over a limit", "goto", "another revision",
+        "load over a load", "two interfaces", "not no interface", "xor", "a mask with holes", "less than",
+        "another field", "bytes a minute", "over a limit", "goto", "another revision",
     ],
 )  # fmt: skip
 def test_what_we_would_not_write_is_not_read_as_ours(expressions: bytes) -> None:

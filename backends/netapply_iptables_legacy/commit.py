@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from netapply.errors import GenerationChanged, KernelError
+from netapply.errors import GenerationChanged
 from netapply_iptables_legacy.encode import NEW
 from netapply_iptables_legacy.entries import parse, stable
 from netapply_iptables_legacy.sockopt import COUNTERS_SIZE, add_counters, get_entries, get_info, replace
 from netapply_wire.ipset import set_index
+from netapply_wire.refusals import refused
 from netapply_wire.xtables import SET_INDEX
 from netapply_wire.xtables_lock import XtablesLock
 
 if TYPE_CHECKING:
+    from netapply.errors import KernelError
     from netapply.kernel import Kernel
     from netapply_iptables_legacy.encode import ReplaceTable
     from netapply_iptables_legacy.sockopt import Blob
@@ -22,7 +24,6 @@ _NO_COUNTERS = bytes(COUNTERS_SIZE)
 _CAUSES = {
     errno.ENOENT: "the kernel lacks the table, or a match or target of one of the rules",
     errno.EINVAL: "the kernel does not take one of the rules in this chain",
-    errno.EPERM: "it needs CAP_NET_ADMIN in the user namespace that owns the network namespace",
     errno.ELOOP: "the chains jump in a circle",
 }
 
@@ -78,7 +79,7 @@ def _failure(step: ReplaceTable, error: OSError) -> KernelError:
     number = error.errno or errno.EIO
     if number == errno.EAGAIN:
         return _changed(step, "somebody changed it without the lock")
-    return KernelError(step.name, number, cause=_CAUSES.get(number, ""))
+    return refused(step.name, error, _CAUSES.get(number, ""))
 
 
 def _changed(step: ReplaceTable, cause: str) -> GenerationChanged:

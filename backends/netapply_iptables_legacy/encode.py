@@ -17,7 +17,7 @@ from netapply_iptables_legacy.entries import (
 )
 from netapply_iptables_legacy.rules import encode_rule
 from netapply_iptables_legacy.snapshot import ORDER, KernelTable, LegacySnapshot, Part
-from netapply_wire.ipset import CreateSet, DestroySet, split
+from netapply_wire.ipset import CreateSet, DestroySet
 from netapply_wire.iptables_save import BUILT_IN
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def encode_steps(current: LegacySnapshot, desired: Ruleset | None) -> tuple[Lega
     for family, name in tables:
         if family == "inet" or name not in ORDER:
             raise UnsupportedError(f"iptables has no table {family} {name}")
-    standing = {each.name: each.held for each in current.sets}
-    creates = [CreateSet(each) for each in wanted.sets if standing.get(each.name) != len(split(each.elements))]
-    kept = {each.name for each in wanted.sets}
-    destroys = [DestroySet(each.name) for each in current.own_sets if each.name not in kept]
+    creates, destroys = current.standing.steps(wanted.sets)
     order = ORDER if desired is not None else ORDER[::-1]
     places: list[tuple[Family, str]] = [(family, name) for name in order for family in FAMILIES]
     replaces = [step for place in places if (step := _replace(current, place, tables.get(place))) is not None]

@@ -12,9 +12,9 @@ from netapply_iptables_legacy.snapshot import ORDER, LegacySnapshot
 from netapply_iptables_legacy.sockopt import (
     SO_GET_REVISION_MATCH,
     SO_GET_REVISION_TARGET,
-    get_entries,
-    get_info,
     has_extension,
+    read_entries,
+    read_info,
     table_names,
 )
 from netapply_wire.iptables_save import BUILT_IN
@@ -69,8 +69,6 @@ def probe(kernel: Kernel) -> Probe:
         return Probe("usable", "the kernel has ip_tables", missing, in_use=_in_use(kernel))
     except KernelError as error:
         return _unusable(error.errno)
-    except OSError as error:
-        return _unusable(error.errno or errno.EIO)
 
 
 def _has(kernel: Kernel, family: Family, needs: _Needs) -> bool:
@@ -98,7 +96,7 @@ def _unusable(number: int) -> Probe:
 def _in_use(kernel: Kernel) -> bool:
     """Whether a table holds a rule or a chain, whoever's: more entries than policies and the end."""
     return any(
-        get_info(kernel, family, name).entries > len(BUILT_IN[name]) + 1
+        read_info(kernel, family, name).entries > len(BUILT_IN[name]) + 1
         for family in FAMILIES
         for name in table_names(kernel, family)
         if name in ORDER
@@ -110,7 +108,7 @@ def detect(kernel: Kernel, owned: Owned) -> bool:
     if not owned.direct:
         prefix = owned.prefix.encode()
         if not any(
-            prefix in get_entries(kernel, family, name, get_info(kernel, family, name).size)
+            prefix in read_entries(kernel, family, name)[1]
             for family in FAMILIES
             for name in table_names(kernel, family)
             if name in ORDER

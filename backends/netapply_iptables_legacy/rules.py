@@ -32,6 +32,7 @@ from netapply_iptables_legacy.entries import (
     standard_target,
 )
 from netapply_wire import xtables
+from netapply_wire.ipset import NO_INDEX
 from netapply_wire.xtables import SET_INDEX, SET_INDEX_OFFSET, Extension
 
 if TYPE_CHECKING:
@@ -72,16 +73,16 @@ _INVERT = {"in": _INVERT_IN, "out": _INVERT_OUT, "src": _INVERT_SOURCE, "dst": _
 
 
 def encode_rule(rule: Rule, family: Family, indices: Mapping[str, int]) -> Entry:
-    """The entry of a rule. `indices` are those of the sets that exist; that of another one is 0 until the commit.
+    """The entry of a rule. `indices` are those of the sets that exist; of others it is NO_INDEX until the commit.
 
-    Raises UnsupportedError for what an entry cannot hold: two tests of one part of the header, a long name.
+    Raises UnsupportedError for what an entry cannot hold: two tests of one part of the header, a long name, 0.0.0.0/0.
     """
     entry = _spell(rule, family)
     if not entry.sets:
         return entry
     data = bytearray(entry.data)
     for offset, name in entry.sets:
-        SET_INDEX.pack_into(data, offset, indices.get(name, 0))
+        SET_INDEX.pack_into(data, offset, indices.get(name, NO_INDEX))
     return entry._replace(data=bytes(data))
 
 
@@ -126,7 +127,7 @@ def _encode_header(matches: tuple[Match, ...], family: Family) -> tuple[bytes, i
             part = _encode_iface(match.name)
         elif isinstance(match, AddressMatch):
             place = match.side
-            part = _encode_address(match.cidr, family)
+            part = _encode_address(match, family)
         else:
             continue
         if place in parts:
@@ -151,10 +152,15 @@ def _encode_iface(name: str) -> _Part:
     return _Part(value.ljust(16, b"\0"), (b"\xff" * size).ljust(16, b"\0"))
 
 
-def _encode_address(cidr: Cidr, family: Family) -> _Part:
+def _encode_address(match: AddressMatch, family: Family) -> _Part:
+    cidr = match.cidr
     size = len(cidr.packed)
     if cidr.family != family:
         raise UnsupportedError(f"address {cidr} in a table of family {family}")
+    if not cidr.prefix and not match.negate:
+        raise UnsupportedError(
+            f"address {cidr}: an entry of iptables cannot tell it from no test of the address at all"
+        )
     ones = (1 << cidr.prefix) - 1 << size * 8 - cidr.prefix
     return _Part(cidr.packed, ones.to_bytes(size))
 

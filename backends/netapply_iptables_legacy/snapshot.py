@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
+from collections import Counter
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from netapply.backend import STRANGE
-from netapply.errors import ConflictError, DecodeError, KernelError
+from netapply.errors import DecodeError
 from netapply.ruleset import FAMILIES, Base, Chain, Jump, Rule, Ruleset, Table
 from netapply_iptables_legacy.entries import ACCEPT, Block, Entry, entry_counters, entry_offsets, parse, plain_entry
 from netapply_iptables_legacy.rules import decode_rule, encode_rule, set_indices
-from netapply_iptables_legacy.sockopt import HOOKS, Info, get_entries, get_info, table_names
-from netapply_wire.ipset import Listed, list_sets, set_index
+from netapply_iptables_legacy.sockopt import HOOKS, Info, read_entries, table_names
+from netapply_wire.ipset import Listed, Standing, list_sets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +32,6 @@ _HOOKS: dict[str, Hook] = {
     "OUTPUT": "output",
     "POSTROUTING": "postrouting",
 }
-_READ_ATTEMPTS = 16
 
 
 class KernelTable(NamedTuple):
@@ -65,16 +64,8 @@ class Part(NamedTuple):
 
 def read_table(kernel: Kernel, family: Family, name: str) -> KernelTable:
     """Read a table that exists (one that does not is created by looking). Raises KernelError, DecodeError."""
-    for _ in range(_READ_ATTEMPTS):
-        try:
-            info = get_info(kernel, family, name)
-            data = get_entries(kernel, family, name, info.size)
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                continue  # it was replaced between the two calls
-            raise KernelError(f"read table {family} {name}", error.errno or errno.EIO) from error
-        return KernelTable(family, name, info, data, parse(family, info, data))
-    raise ConflictError(f"somebody keeps changing table {family} {name} while it is read")
+    info, data = read_entries(kernel, family, name)
+    return KernelTable(family, name, info, data, parse(family, info, data))
 
 
 class LegacySnapshot:
@@ -84,7 +75,7 @@ class LegacySnapshot:
         self.owned = owned
         self.tables: Mapping[tuple[Family, str], KernelTable] = {(table.family, table.name): table for table in tables}
         self.sets = sets
-        self.indices: Mapping[str, int] = {}
+        self.indices: Mapping[str, int] = {each.name: each.at for each in sets}
 
     @classmethod
     def read(cls, kernel: Kernel, owned: Owned) -> LegacySnapshot:
@@ -95,9 +86,7 @@ class LegacySnapshot:
             for name in table_names(kernel, family)
             if name in ORDER
         )
-        found = cls(owned, tables, list_sets(kernel, owned.sets))
-        found.indices = {each.name: set_index(kernel, each.name) for each in found.sets}
-        return found
+        return cls(owned, tables, list_sets(kernel, owned.sets))
 
     @cached_property
     def parts(self) -> Mapping[tuple[Family, str], tuple[Part, ...]]:
@@ -127,18 +116,20 @@ class LegacySnapshot:
         return {encode_rule(rule, table.family, self.indices).key for rule in rules}
 
     @cached_property
-    def own_sets(self) -> tuple[Listed, ...]:
-        """The sets that no rule but ours uses. iptables-nft has the same ones, and may hold on to them."""
+    def standing(self) -> Standing:
+        """Our sets, and how often our rules use each."""
         if not self.sets:
-            return ()
-        uses = [
-            index
-            for (family, _), parts in self.parts.items()
-            for part in parts
-            for _, entry in part.head + part.rules
-            for index in set_indices(entry, family)
-        ]
-        return tuple(each for each in self.sets if uses.count(self.indices[each.name]) >= each.references)
+            return Standing((), {})
+        return Standing(
+            self.sets,
+            Counter(
+                index
+                for (family, _), parts in self.parts.items()
+                for part in parts
+                for _, entry in part.head + part.rules
+                for index in set_indices(entry, family)
+            ),
+        )
 
     @property
     def ruleset(self) -> Ruleset | None:
@@ -157,9 +148,8 @@ class LegacySnapshot:
             for family in FAMILIES
             if (family, name) in self.tables and (chains := self._chains(family, name))
         )
-        if not tables and not self.own_sets:
-            return None
-        return Ruleset(tables, tuple(each.decode() for each in self.own_sets))
+        sets = self.standing.ours
+        return Ruleset(tables, tuple(each.decode() for each in sets)) if tables or sets else None
 
     def _chains(self, family: Family, name: str) -> tuple[Chain, ...]:
         names = {index: each for each, index in self.indices.items()}

@@ -8,8 +8,9 @@ import errno
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from netapply.errors import KernelError
+from netapply.errors import ConflictError
 from netapply.kernel import Scratch
+from netapply_wire.refusals import refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,8 @@ _COUNTERS_INFO = struct.Struct("=32sI4x")  # xt_counters_info
 _REVISION = struct.Struct("=29sB")  # xt_get_revision
 _COUNTERS_POINTER = 88
 COUNTERS_SIZE = 16  # xt_counters: packets, bytes
+#: How often a table is read that others keep replacing under us. Each attempt takes microseconds.
+READ_ATTEMPTS = 64
 
 
 class Info(NamedTuple):
@@ -60,7 +63,7 @@ def table_names(kernel: Kernel, family: Family) -> tuple[str, ...]:
     except FileNotFoundError:
         return ()
     except OSError as error:
-        raise KernelError(f"read {NAMES_FILE[family]}", error.errno or errno.EIO) from error
+        raise refused(f"read {NAMES_FILE[family]}", error) from error
 
 
 def get_info(kernel: Kernel, family: Family, table: str) -> Info:
@@ -74,6 +77,27 @@ def get_entries(kernel: Kernel, family: Family, table: str, size: int) -> bytes:
     """GET_ENTRIES. Raises OSError: EAGAIN where the table's size is another one by now."""
     request = _GET_ENTRIES.pack(table.encode(), size) + bytes(size)
     return kernel.getsockopt(family, SO_GET_ENTRIES, request)[_GET_ENTRIES.size :]
+
+
+def read_info(kernel: Kernel, family: Family, table: str) -> Info:
+    """What GET_INFO says of a table that exists. Raises KernelError."""
+    try:
+        return get_info(kernel, family, table)
+    except OSError as error:
+        raise refused(f"read table {family} {table}", error) from error
+
+
+def read_entries(kernel: Kernel, family: Family, table: str) -> tuple[Info, bytes]:
+    """Both, of one moment, of a table that exists. Raises KernelError, ConflictError where it never holds still."""
+    for _ in range(READ_ATTEMPTS):
+        try:
+            info = get_info(kernel, family, table)
+            return info, get_entries(kernel, family, table, info.size)
+        except BlockingIOError:
+            continue  # EAGAIN: it was replaced between the two
+        except OSError as error:
+            raise refused(f"read table {family} {table}", error) from error
+    raise ConflictError(f"somebody keeps changing table {family} {table} while it is read")
 
 
 def replace(kernel: Kernel, family: Family, table: str, blob: Blob, before: int) -> bytes:
@@ -103,5 +127,5 @@ def has_extension(kernel: Kernel, family: Family, option: dict[Family, int], nam
         # ENOENT: no such extension; EPROTONOSUPPORT: not in this revision
         if error.errno in (errno.ENOENT, errno.EPROTONOSUPPORT):
             return False
-        raise KernelError(f"look for {name} revision {revision}", error.errno or errno.EIO) from error
+        raise refused(f"look for {name} revision {revision}", error) from error
     return True

@@ -41,9 +41,7 @@ class IptablesNft:
     def read(self, kernel: Kernel, owned: Owned = OURS) -> Snapshot:
         """The four tables of ip and ip6 as they are at one generation, and the sets of ours."""
         generation, tables = read_consistent(kernel, lambda at: (at, read_tables(kernel)))
-        sets = list_sets(kernel, owned.sets)
-        names = tuple((set_index(kernel, each.name), each.name) for each in sets)
-        return Snapshot(generation, tables, sets, names, owned)
+        return Snapshot(generation, tables, list_sets(kernel, owned.sets), owned)
 
     def encode(self, current: AnySnapshot, desired: Ruleset | None) -> Steps:
         """New sets, one batch, old sets. Raises UnsupportedError, ConflictError."""

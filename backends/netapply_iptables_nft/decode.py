@@ -32,7 +32,7 @@ from netapply.ruleset import (
     Statement,
 )
 from netapply_iptables_nft.dumped import verdict_of
-from netapply_iptables_nft.encode import ADDRESS_OFFSET, prefix_mask
+from netapply_iptables_nft.encode import ADDRESS_OFFSET, NO_INTERFACE, prefix_mask
 from netapply_wire.expressions import (
     NF_ACCEPT,
     NF_DROP,
@@ -113,6 +113,8 @@ class _Reader:
         self._statement: Statement | None = None
 
     def read(self, each: Expression) -> None:
+        if each.name not in _COMPARISONS:
+            self._loaded_only()
         reader = _READERS.get(each.name)
         if reader is None or self._statement is not None:
             raise _foreign(each)
@@ -123,6 +125,16 @@ class _Reader:
             raise DecodeError("a rule without a counter and a statement: not one of ours")
         header = [self._header[field] for field in sorted(self._header, key=_HEADER_ORDER.__getitem__)]
         return Rule((*header, *self._matches), self._statement, comment=self._comment)
+
+    def _loaded_only(self) -> None:
+        """Any interface will do (`+`) where its name is loaded and not compared."""
+        load = self._load
+        if load is None or load.field in self._header:
+            return
+        if load.field == "in":
+            self._header["in"], self._load = IfaceMatch("in", "+"), None
+        elif load.field == "out":
+            self._header["out"], self._load = IfaceMatch("out", "+"), None
 
     def meta(self, each: Expression) -> None:
         field = _META.get(each.number(2))
@@ -214,6 +226,7 @@ class _Reader:
         self._statement = decode_target(_extension(each), self._family)
 
 
+_COMPARISONS = frozenset(("bitwise", "cmp", "range"))
 _READERS: dict[str, Callable[[_Reader, Expression], None]] = {
     "meta": _Reader.meta,
     "payload": _Reader.payload,
@@ -229,6 +242,8 @@ _READERS: dict[str, Callable[[_Reader, Expression], None]] = {
 
 
 def _interface(direction: Literal["in", "out"], name: bytes, *, negate: bool) -> IfaceMatch | None:
+    if name == NO_INTERFACE:
+        return None if negate else IfaceMatch(direction, "+", negate=True)
     plain = name.rstrip(b"\0")
     if not plain:
         return None

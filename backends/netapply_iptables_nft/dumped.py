@@ -13,6 +13,7 @@ from netapply_wire.expressions import (
     parse_expressions,
 )
 from netapply_wire.nfnetlink import parse_attributes, text
+from netapply_wire.xtables import SET_INDEX, SET_INDEX_OFFSET
 
 #: Expressions whose data the packets change; their names are kept.
 _STATEFUL = (b"counter\0", b"quota\0", b"last\0")
@@ -57,6 +58,15 @@ def jump_target(expressions: bytes) -> str | None:
         if each.name == "immediate" and NFTA_VERDICT_CHAIN in (found := verdict_of(each)):
             return text(found[NFTA_VERDICT_CHAIN])
     return None
+
+
+def set_indices(expressions: bytes) -> list[int]:
+    """The indices of the sets that a rule looks up by the match `set`, once for each use. Raises DecodeError."""
+    if b"set\0" not in expressions:
+        return []
+    found = (each for each in parse_expressions(expressions) if each.name == "match")
+    infos = (each.attributes.get(3, b"") for each in found if text(each.attributes.get(1, b"")) == "set")
+    return [SET_INDEX.unpack_from(info, SET_INDEX_OFFSET)[0] for info in infos if len(info) >= SET_INDEX.size]
 
 
 def verdict_of(each: Expression) -> dict[int, bytes]:

@@ -82,6 +82,7 @@ Beyond: TypeAlias = (
 HEADER_ORDER = {"in": 0, "out": 1, "protocol": 2, "src": 3, "dst": 4}
 PORT_PROTOCOLS = (6, 17)
 INTERFACE_SIZE = 15  # IFNAMSIZ - 1
+NO_INTERFACE = b"INVAL/D\0"  # of iptables' nft-shared.c
 
 # enum nft_rule_compat_attributes: the protocol that xt extensions are checked against.
 NFTA_RULE_COMPAT_PROTO, NFTA_RULE_COMPAT_FLAGS = 1, 2
@@ -164,11 +165,13 @@ def _protocol(protocol: int) -> bytes:
 @lru_cache(maxsize=256)
 def _interface(each: IfaceMatch) -> bytes:
     name = each.name.encode()
-    if not 0 < len(name) <= INTERFACE_SIZE or name == b"+":
-        raise UnsupportedError(f"interface {each.name!r}: 1 to {INTERFACE_SIZE} bytes, and more than a + alone")
+    if not 0 < len(name) <= INTERFACE_SIZE:
+        raise UnsupportedError(f"interface {each.name!r}: a name has 1 to {INTERFACE_SIZE} bytes")
+    key = NFT_META_IIFNAME if each.direction == "in" else NFT_META_OIFNAME
+    if name == b"+":  # every interface: loaded and not compared. No interface: compared with a name that none has.
+        return meta(key) + (cmp(NFT_CMP_EQ, NO_INTERFACE) if each.negate else b"")
     # A wildcard compares the letters before the plus; a name its ending NUL too.
     compared = name[:-1] if name.endswith(b"+") else name + b"\0"
-    key = NFT_META_IIFNAME if each.direction == "in" else NFT_META_OIFNAME
     return meta(key) + cmp(NFT_CMP_NEQ if each.negate else NFT_CMP_EQ, compared)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
-from netapply.backend import OURS, Counters, Owned
+from netapply.backend import OURS, STRANGE, Counters, Owned
 from netapply.errors import DecodeError
 from netapply.ruleset import Chain, Jump, Rule, Ruleset, Table
 from netapply_iptables_nft.builtin import BUILT_IN, TABLES
 from netapply_iptables_nft.decode import SetNames, decode_rule
-from netapply_iptables_nft.dumped import counters_of, jump_target, without_state
+from netapply_iptables_nft.dumped import counters_of, jump_target, set_indices, without_state
 from netapply_iptables_nft.tables import AT_THE_END, ChainState, RuleState, TableKey, TableState
-from netapply_wire.ipset import Listed
+from netapply_wire.ipset import Listed, Standing
 
 
 class OurRule(NamedTuple):
@@ -44,20 +45,19 @@ class View(NamedTuple):
 
 
 class Snapshot:
-    """What was in the namespace at one generation. `sets` are ours, `names` their kernel indices."""
+    """What was in the namespace at one generation. `sets` are those of our names."""
 
     def __init__(
         self,
         generation: int,
         tables: Mapping[TableKey, TableState],
         sets: tuple[Listed, ...] = (),
-        names: SetNames = (),
         owned: Owned = OURS,
     ) -> None:
         self.generation = generation
         self.tables = tables
         self.sets = sets
-        self.names = names
+        self.names: SetNames = tuple((each.at, each.name) for each in sets)
         self.owned = owned
 
     @cached_property
@@ -71,12 +71,19 @@ class Snapshot:
 
         Tables are in the order of `TABLES`; built-in chains come first, in the order of their hooks, then ours in
         the kernel's order; sets by name. A rule that we cannot read is a jump to "<rule HANDLE>", which no chain is
-        called, so it equals nothing that we write. Raises DecodeError for a set that we cannot read.
+        called, so it equals nothing that we write.
         """
         tables = [Table(*key, chains) for key, view in self.views.items() if (chains := tuple(_chains(key, view)))]
-        if not tables and not self.sets:
-            return None
-        return Ruleset(tuple(tables), tuple(listed.decode() for listed in self.sets))
+        sets = self.standing.ours
+        return Ruleset(tuple(tables), tuple(each.decode() for each in sets)) if tables or sets else None
+
+    @cached_property
+    def standing(self) -> Standing:
+        """Our sets, and how often our rules use each."""
+        if not self.sets:
+            return Standing((), {})
+        ours = (rule for view in self.views.values() for _, rules in _all_rules(view) for rule in rules)
+        return Standing(self.sets, Counter(index for rule in ours for index in set_indices(rule.expressions)))
 
     @property
     def counters(self) -> Counters:
@@ -153,7 +160,7 @@ def _chains(key: TableKey, view: View) -> Iterator[Chain]:
 
 
 def _readable(rules: Rules) -> tuple[Rule, ...]:
-    return tuple(each.rule or Rule((), Jump(f"<rule {each.handle}>")) for each in rules)
+    return tuple(each.rule or Rule((), Jump(f"{STRANGE}rule {each.handle}>")) for each in rules)
 
 
 def _foreign(view: View) -> Iterator[object]:

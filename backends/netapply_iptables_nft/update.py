@@ -17,7 +17,7 @@ from netapply_iptables_nft.encode import encode_rule
 from netapply_iptables_nft.operations import Change, TableOperations
 from netapply_iptables_nft.snapshot import Placed, Rules, Snapshot, View
 from netapply_iptables_nft.tables import Hooked, TableKey, TableState
-from netapply_wire.ipset import CreateSet, DestroySet, split
+from netapply_wire.ipset import CreateSet, DestroySet
 
 
 class Batch(NamedTuple):
@@ -46,13 +46,8 @@ def encode_steps(current: Snapshot, desired: Ruleset | None) -> Steps:
             touched.add(key[0])
     name = f"batch {', '.join(family for family in FAMILIES if family in touched)}"
     batch = (Batch(name, tuple(changes), current.generation),) if changes else ()
-    held = {listed.name: listed.held for listed in current.sets}
-    needed = {each.name for each in wanted.sets}
-    return (
-        *(CreateSet(each) for each in wanted.sets if held.get(each.name) != len(split(each.elements))),
-        *batch,
-        *(DestroySet(name) for name in held if name not in needed),
-    )
+    creates, destroys = current.standing.steps(wanted.sets)
+    return (*creates, *batch, *destroys)
 
 
 def _key(table: Table) -> TableKey:

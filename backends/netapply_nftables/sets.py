@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from netapply.errors import DecodeError
 from netapply.ruleset import Cidr, Family, NamedSet, PortRange
@@ -42,6 +43,10 @@ _FAMILIES: dict[int, Family] = {kind: family for family, kind in KEY_TYPES.items
 #: Bytes of elements in one message: the length of an attribute is 16 bits.
 CHUNK = 60_000
 
+#: From so many single ports on a port set is one of intervals. The kernel keeps others of 2-byte keys as a bitmap, and
+#: to add to that looks through all that is there: 32,768 ports took 4 s, and take 0.08 s as intervals (Linux 6.18).
+MANY_PORTS = 512
+
 #: [first, after) of a set's intervals; after is one past the end, and may be 1 << bits.
 Interval = tuple[int, int]
 
@@ -56,7 +61,8 @@ def add_named_set(table: str, named: NamedSet) -> list[Operation]:
 
 def add_port_set(table: str, set_id: int, ranges: tuple[PortRange, ...]) -> list[Operation]:
     """Create the anonymous set of the rule that follows in the batch and looks it up by `set_id`."""
-    interval = 0 if all(first == last for first, last in ranges) else NFT_SET_INTERVAL
+    plain = len(ranges) < MANY_PORTS and all(first == last for first, last in ranges)
+    interval = 0 if plain else NFT_SET_INTERVAL
     flags = NFT_SET_ANONYMOUS | NFT_SET_CONSTANT | interval
     intervals = [(first, last + 1) for first, last in ranges]
     return _add_set(table, "__set%d", set_id, TYPE_INET_SERVICE, 16, flags, intervals)
@@ -115,8 +121,7 @@ def decode_named_set(message: Message, elements: Sequence[Message]) -> NamedSet:
     family = _FAMILIES.get(key_type)
     if family is None or set_flags(message) != NFT_SET_CONSTANT | NFT_SET_INTERVAL:
         raise DecodeError(f"set {name} is not a constant set of address blocks")
-    intervals = _intervals(elements, KEY_LENGTHS[family] * 8, ends=True)
-    return NamedSet(name, family, tuple(cidr for pair in intervals for cidr in _blocks(*pair, KEY_LENGTHS[family] * 8)))
+    return NamedSet(name, family, _decode_blocks(_lists(elements), KEY_LENGTHS[family] * 8))
 
 
 def decode_port_set(message: Message, elements: Sequence[Message]) -> tuple[PortRange, ...]:
@@ -125,8 +130,7 @@ def decode_port_set(message: Message, elements: Sequence[Message]) -> tuple[Port
     key_type = number(message.attributes.get(NFTA_SET_KEY_TYPE, b""))
     if key_type != TYPE_INET_SERVICE or flags & ~NFT_SET_INTERVAL != NFT_SET_ANONYMOUS | NFT_SET_CONSTANT:
         raise DecodeError("an anonymous set is not one of ports")
-    intervals = _intervals(elements, 16, ends=bool(flags & NFT_SET_INTERVAL))
-    return tuple(PortRange(first, after - 1) for first, after in intervals)
+    return _decode_ports(_lists(elements), ends=bool(flags & NFT_SET_INTERVAL))
 
 
 def set_flags(message: Message) -> int:
@@ -134,12 +138,29 @@ def set_flags(message: Message) -> int:
     return number(message.attributes.get(NFTA_SET_FLAGS, b""))
 
 
-def _intervals(elements: Sequence[Message], bits: int, *, ends: bool) -> list[Interval]:
+def _lists(elements: Sequence[Message]) -> tuple[bytes, ...]:
+    return tuple(message.attributes.get(NFTA_SET_ELEM_LIST_ELEMENTS, b"") for message in elements)
+
+
+# The same sets stand in many namespaces, and are read again and again: decoded once. Few, as each may be large.
+
+
+@lru_cache(32)
+def _decode_blocks(lists: tuple[bytes, ...], bits: int) -> tuple[Cidr, ...]:
+    return tuple(cidr for pair in _intervals(lists, bits, ends=True) for cidr in _blocks(*pair, bits))
+
+
+@lru_cache(32)
+def _decode_ports(lists: tuple[bytes, ...], *, ends: bool) -> tuple[PortRange, ...]:
+    return tuple(PortRange(first, after - 1) for first, after in _intervals(lists, 16, ends=ends))
+
+
+def _intervals(lists: Iterable[bytes], bits: int, *, ends: bool) -> list[Interval]:
     """The intervals in ascending order, whatever order and chunks the kernel dumps its elements in."""
     starts: list[int] = []
     stops: list[int] = []
-    for message in elements:
-        _read_elements(message.attributes.get(NFTA_SET_ELEM_LIST_ELEMENTS, b""), bits // 8, starts, stops)
+    for data in lists:
+        _read_elements(data, bits // 8, starts, stops)
     starts.sort()
     if not ends:
         return [(key, key + 1) for key in starts]

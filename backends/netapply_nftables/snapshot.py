@@ -13,6 +13,7 @@ from netapply.ruleset import Base, Chain, ChainType, Hook, Jump, NamedSet, PortR
 from netapply_nftables.decode import ANONYMOUS_SET, PortSets, decode_rule, is_fallback
 from netapply_nftables.sets import NFT_SET_ANONYMOUS, NFTA_SET_NAME, decode_named_set, decode_port_set, set_flags
 from netapply_wire.expressions import (
+    NF_ACCEPT,
     NFTA_RULE_CHAIN,
     NFTA_RULE_EXPRESSIONS,
     NFTA_RULE_USERDATA,
@@ -77,11 +78,9 @@ class Snapshot:
         """Ours, decoded: chains in the kernel's order, sets by name."""
         if self.contents is None:
             return None
-        rules = self._decoded
-        chains = tuple(
-            Chain(text(m.attributes[NFTA_CHAIN_NAME]), rules[text(m.attributes[NFTA_CHAIN_NAME])][0], _base(m))
-            for m in self.contents.chains
-        )
+        places = map(_place, self.contents.chains)
+        decoded = zip(self._decoded.items(), places, strict=True)  # both in the kernel's order
+        chains = tuple(Chain(name, rules, base) for (name, (rules, _)), (base, _) in decoded)
         strange = tuple(Chain(f"<{oddity}>") for oddity in self.oddities)
         return Ruleset((Table("inet", self.table, chains + strange),), tuple(sorted(self.named_sets)))
 
@@ -122,7 +121,7 @@ class Snapshot:
         if flags := number(table.attributes.get(NFTA_TABLE_FLAGS, b"")):
             yield f"table flags {flags}"
         for message in chains:
-            if reason := _chain_oddity(message):
+            if reason := _place(message)[1]:
                 yield f"{reason} of chain {text(message.attributes[NFTA_CHAIN_NAME])}"
         named = {text(m.attributes[NFTA_SET_NAME]) for m in self.contents.sets if not set_flags(m) & NFT_SET_ANONYMOUS}
         for name in sorted(named - {found.name for found in self.named_sets}):
@@ -147,19 +146,18 @@ class Snapshot:
         """By chain: its rules, and their (packets, bytes)."""
         if self.contents is None:
             return {}
-        by_chain: dict[str, tuple[list[Rule], list[tuple[int, int]]]] = {
-            text(message.attributes[NFTA_CHAIN_NAME]): ([], []) for message in self.contents.chains
+        by_chain: dict[bytes, tuple[list[Rule], list[tuple[int, int]]]] = {
+            message.attributes[NFTA_CHAIN_NAME]: ([], []) for message in self.contents.chains
         }
-        halves: dict[str, Rule] = {}  # TProxy rules whose second half should come next in their chain
+        halves: dict[bytes, Rule] = {}  # TProxy rules whose second half should come next in their chain
         for message in self.contents.rules:
-            chain = text(message.attributes[NFTA_RULE_CHAIN])
+            chain = message.attributes[NFTA_RULE_CHAIN]
             rules, counts = by_chain[chain]
-            dumped = message.attributes.get(NFTA_RULE_EXPRESSIONS, b"")
             userdata = message.attributes.get(NFTA_RULE_USERDATA, b"")
-            expressions, packets, octets = split_counter(dumped)
-            looked_up = tuple(self._port_sets.items()) if ANONYMOUS_SET in expressions else ()
+            expressions, packets, octets = split_counter(message.attributes.get(NFTA_RULE_EXPRESSIONS, b""))
+            looked_up = self._looked_up(expressions) if ANONYMOUS_SET in expressions else ()
             half = halves.pop(chain, None)
-            if half and is_fallback(expressions, userdata, looked_up, half):
+            if half and _is_fallback(expressions, userdata, looked_up, half):
                 rules[-1] = half
                 continue
             rule = _decode(expressions, userdata, looked_up)
@@ -167,7 +165,14 @@ class Snapshot:
                 halves[chain], rule = rule, _strange("half a tproxy rule")
             rules.append(rule)
             counts.append((packets, octets))
-        return {chain: (tuple(rules), tuple(counts)) for chain, (rules, counts) in by_chain.items()}
+        return {text(chain): (tuple(rules), tuple(counts)) for chain, (rules, counts) in by_chain.items()}
+
+    def _looked_up(self, expressions: bytes) -> PortSets:
+        """The port sets that a rule names, and no others: what one rule says is remembered together with them."""
+        return tuple(item for item in self._port_sets.items() if item[0].encode() + b"\0" in expressions)
+
+
+_is_fallback = lru_cache(1024)(is_fallback)
 
 
 @lru_cache(4096)
@@ -185,31 +190,33 @@ def _strange(what: str) -> Rule:
     return Rule((), Jump(f"<{what}>"))
 
 
-def _hook(message: Message) -> dict[int, bytes]:
-    return parse_attributes(message.attributes.get(NFTA_CHAIN_HOOK, b""))
-
-
-def _base(message: Message) -> Base | None:
-    """Where the kernel calls a chain; None for a chain that is only jumped to, or has an oddity."""
-    if NFTA_CHAIN_HOOK not in message.attributes or _chain_oddity(message):
-        return None
-    hook = _hook(message)
-    priority = int.from_bytes(hook[NFTA_HOOK_PRIORITY], signed=True)
-    kind = CHAIN_TYPES[text(message.attributes[NFTA_CHAIN_TYPE])]
-    return Base(kind, HOOKS[number(hook[NFTA_HOOK_HOOKNUM])], priority)
-
-
-def _chain_oddity(message: Message) -> str:
+def _place(message: Message) -> tuple[Base | None, str]:
+    """Where the kernel calls a chain, and what is not as we make it; (None, "") for one that is only jumped to."""
     attributes = message.attributes
-    if number(attributes.get(NFTA_CHAIN_FLAGS, b"")) & ~NFT_CHAIN_BASE:
-        return "flags"
-    if NFTA_CHAIN_HOOK not in attributes:
-        return ""
-    if number(_hook(message).get(NFTA_HOOK_HOOKNUM, b"")) >= len(HOOKS):
-        return "hook"
-    if text(attributes.get(NFTA_CHAIN_TYPE, b"")) not in CHAIN_TYPES:
-        return "type"
-    return "" if number(attributes.get(NFTA_CHAIN_POLICY, b"\1")) == 1 else "policy"
+    return _decode_place(
+        attributes.get(NFTA_CHAIN_HOOK, b""),
+        attributes.get(NFTA_CHAIN_TYPE, b""),
+        number(attributes.get(NFTA_CHAIN_POLICY, b"\1")),
+        number(attributes.get(NFTA_CHAIN_FLAGS, b"")),
+    )
+
+
+@lru_cache(256)
+def _decode_place(hook: bytes, kind: bytes, policy: int, flags: int) -> tuple[Base | None, str]:
+    if flags & ~NFT_CHAIN_BASE:
+        return None, "flags"
+    if not hook:
+        return None, ""
+    place = parse_attributes(hook)
+    at = number(place.get(NFTA_HOOK_HOOKNUM, b""))
+    if at >= len(HOOKS):
+        return None, "hook"
+    known = CHAIN_TYPES.get(text(kind))
+    if known is None:
+        return None, "type"
+    if policy != NF_ACCEPT:
+        return None, "policy"
+    return Base(known, HOOKS[at], int.from_bytes(place[NFTA_HOOK_PRIORITY], signed=True)), ""
 
 
 def find_table(kernel: Kernel, table: str) -> Message | None:
@@ -229,9 +236,16 @@ def _read(kernel: Kernel, name: str) -> Contents | None:
     ours = string(1, name)  # attribute 1 names the table in each kind of request; the kernel ignores it for chains
     chains = [m for m in dump(kernel, NFT_MSG_GETCHAIN, NFPROTO_INET, ours) if text(m.attributes[1]) == name]
     rules = dump(kernel, NFT_MSG_GETRULE, NFPROTO_INET, ours)
-    sets = dump(kernel, NFT_MSG_GETSET, NFPROTO_INET, ours)
+    sets = dump(kernel, NFT_MSG_GETSET, NFPROTO_INET, ours) if _may_hold_sets(table, chains, rules) else []
     elements = tuple(
         dump(kernel, NFT_MSG_GETSETELEM, NFPROTO_INET, ours + string(2, text(m.attributes[NFTA_SET_NAME])))
         for m in sets
     )
     return Contents(table, tuple(chains), tuple(rules), tuple(sets), elements)
+
+
+def _may_hold_sets(table: Message, chains: Sequence[Message], rules: Sequence[Message]) -> bool:
+    """Whether it is worth a dump: the table counts what is not a chain, rules name the anonymous sets they look up."""
+    if number(table.attributes.get(NFTA_TABLE_USE, b"")) != len(chains):
+        return True
+    return any(ANONYMOUS_SET in message.attributes.get(NFTA_RULE_EXPRESSIONS, b"") for message in rules)

@@ -11,13 +11,14 @@ import struct
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from netapply.errors import DecodeError, KernelError
+from netapply.errors import KernelError
 from netapply.kernel import NETLINK_NETFILTER
 from netapply.ruleset import Cidr, Family, NamedSet
 from netapply_wire.nfnetlink import attr, iter_attributes, nested, number, parse_attributes, string, text
+from netapply_wire.refusals import refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from netapply.kernel import Kernel
 
@@ -26,16 +27,16 @@ TYPE, REVISION = "hash:net", 6  # revision 6 of hash:net came with 3.19
 SUBSYSTEM = 6  # NFNL_SUBSYS_IPSET
 FAMILY: dict[Family, int] = {"ip": 2, "ip6": 10}  # NFPROTO_IPV4, NFPROTO_IPV6
 
-CREATE, DESTROY, LIST, ADD, DEL = 2, 3, 7, 9, 10  # enum ipset_cmd
+CREATE, DESTROY, LIST, ADD, DEL, GET_BYNAME, GET_BYINDEX = 2, 3, 7, 9, 10, 14, 15  # enum ipset_cmd
 ATTR_PROTOCOL, ATTR_NAME, ATTR_TYPE, ATTR_REVISION, ATTR_FAMILY = 1, 2, 3, 4, 5
-ATTR_FLAGS, ATTR_DATA, ATTR_ADT, ATTR_LINE = 6, 7, 8, 9
-DATA_IP, DATA_CIDR, DATA_HASHSIZE, DATA_MAXELEM, DATA_ELEMENTS, DATA_REFERENCES = 1, 3, 18, 19, 24, 25
+ATTR_FLAGS, ATTR_DATA, ATTR_ADT, ATTR_LINE, ATTR_INDEX = 6, 7, 8, 9, 11
+DATA_IP, DATA_CIDR, DATA_HASHSIZE, DATA_MAXELEM, DATA_REFERENCES = 1, 3, 18, 19, 25
 LIST_HEADER = 4  # IPSET_FLAG_LIST_HEADER
 NET_ORDER = 0x4000  # NLA_F_NET_BYTEORDER
 
 SO_IP_SET, SOL_IP = 83, 0
-OP_BY_NAME, OP_BY_INDEX = 6, 7
-NO_INDEX = 65535  # IPSET_INVALID_ID
+OP_BY_NAME = 6
+NO_INDEX = 65535  # IPSET_INVALID_ID: no set ever has it
 
 NLMSG_ERROR = 2
 REQUEST, ACK, DUMP = 1, 4, 0x300  # NLM_F_*; without NLM_F_EXCL creating and adding are idempotent
@@ -44,6 +45,8 @@ REQUEST, ACK, DUMP = 1, 4, 0x300  # NLM_F_*; without NLM_F_EXCL creating and add
 CHUNK = 1000
 #: How long to wait for a rule to let go of a set: nf_tables frees its rules in the background.
 RELEASE_SECONDS = 1.0
+#: The same for a set that somebody else seems to use: it may as well be a rule of ours that is not yet freed.
+SHARED_SECONDS = 0.1
 BUSY, REFERENCED = 4100, 4108  # IPSET_ERR_BUSY, IPSET_ERR_REFERENCED
 CAUSES = {
     4098: "the kernel has no set type hash:net (module ip_set_hash_net)",
@@ -57,15 +60,17 @@ CAUSES = {
 _HEADER = struct.Struct("=IHHIIBBH")  # nlmsghdr and nfgenmsg
 _BE32 = struct.Struct(">I")
 _OPERATION = struct.Struct("=II32s")  # ip_set_req_get_set: op, version, name or index
-_INDEX = struct.Struct("=H")
+_BE16 = struct.Struct(">H")
 _ERROR = struct.Struct("=i")
-#: One element, DATA {IP {IPADDR_IPV4 or _IPV6}, CIDR}, and the lengths and types of its first three attributes.
+#: One element, DATA {IP {IPADDR_IPV4 or _IPV6}, CIDR}, and the lengths and types of its first three attributes. What
+#: is sent has to say that the address is in network order; what comes back does not say it (since 4.1).
 _ELEMENT = {"ip": struct.Struct("=6H4s2HB3x"), "ip6": struct.Struct("=6H16s2HB3x")}
 _NESTED = 0x8000  # NLA_F_NESTED
-_ELEMENT_HEADS = {
-    "ip": (24, ATTR_DATA | _NESTED, 12, DATA_IP | _NESTED, 8, 1 | NET_ORDER),
-    "ip6": (36, ATTR_DATA | _NESTED, 24, DATA_IP | _NESTED, 20, 2 | NET_ORDER),
+_DUMPED = {
+    "ip": (24, ATTR_DATA | _NESTED, 12, DATA_IP | _NESTED, 8, 1),
+    "ip6": (36, ATTR_DATA | _NESTED, 24, DATA_IP | _NESTED, 20, 2),
 }
+_SENT = {family: (*heads[:5], heads[5] | NET_ORDER) for family, heads in _DUMPED.items()}
 
 
 class CreateSet(NamedTuple):
@@ -79,35 +84,72 @@ class CreateSet(NamedTuple):
 
 
 class DestroySet(NamedTuple):
-    """The step that removes a set which no rule uses any more."""
+    """The step that removes a set which no rule of ours uses any more; a `shared` one stays if others do use it."""
 
     set: str
+    shared: bool = False
 
     @property
     def name(self) -> str:
-        return f"destroy set {self.set}"
+        return f"destroy set {self.set}" + (", if nobody else uses it" if self.shared else "")
 
 
 class Listed(NamedTuple):
-    """A set that stands in the kernel and holds `held` elements, which are in `raw` as netlink gave them.
+    """A set that stands in the kernel, its elements in `raw` as netlink gave them.
 
-    `references` counts the rules that use it, in whatever dialect.
+    `references` counts the rules that use it, in whatever dialect, and for some milliseconds also those that nf_tables
+    has not freed yet. `at` is its index, which the match `set` stores.
     """
 
     name: str
     type: str
     family: int
-    held: int
     raw: tuple[bytes, ...]
     references: int = 0
+    at: int = NO_INDEX
+
+    def holds(self, wanted: NamedSet) -> bool:
+        """Whether it has exactly these elements, and is what `CreateSet` makes."""
+        if self.type != TYPE or self.family != FAMILY[wanted.family]:
+            return False
+        elements = split(wanted.elements)
+        size = _ELEMENT[wanted.family].size
+        found = {data[at : at + size] for data in self.raw for at in range(0, len(data), size)}
+        # By their bytes is five times faster than decoded, but a kernel may spell them in another way.
+        return found == set(_pack(wanted.family, elements, _DUMPED[wanted.family])) or {
+            each for data in self.raw for each in _elements(wanted.family, data)
+        } == {(cidr, True) for cidr in elements}
 
     def decode(self) -> NamedSet:
-        """The set with its elements, sorted. Raises DecodeError for a set that `CreateSet` does not make."""
+        """The set with its elements, sorted, and none where it is of another type.
+
+        One that `CreateSet` does not make (nomatch) comes twice, so that no set that is wanted equals it.
+        """
         family: Family = "ip6" if self.family == FAMILY["ip6"] else "ip"
-        if self.type != TYPE:
-            raise DecodeError(f"set {self.name} is of type {self.type}, not {TYPE}")
-        found = [cidr for data in self.raw for cidr in _elements(family, data)]
+        raw = self.raw if self.type == TYPE else ()
+        found = [cidr for data in raw for cidr, plain in _elements(family, data) for _ in range(2 - plain)]
         return NamedSet(self.name, family, _join(found))
+
+
+class Standing(NamedTuple):
+    """The sets of our names that stand, and how often the rules of ours in one dialect use each, by its index."""
+
+    sets: tuple[Listed, ...]
+    uses: Mapping[int, int]
+
+    @property
+    def ours(self) -> tuple[Listed, ...]:
+        """Those that our rules use, or nobody: the other iptables dialect has sets of the same names."""
+        return tuple(each for each in self.sets if not each.references or self.uses.get(each.at))
+
+    def steps(self, wanted: tuple[NamedSet, ...]) -> tuple[tuple[CreateSet, ...], tuple[DestroySet, ...]]:
+        """What is to be done before the rules change, and what after they have."""
+        standing = {each.name: each for each in self.sets}
+        creates = (CreateSet(s) for s in wanted if s.name not in standing or not standing[s.name].holds(s))
+        kept = {each.name for each in wanted}
+        gone = (each for each in self.ours if each.name not in kept)
+        destroys = (DestroySet(each.name, each.references > self.uses.get(each.at, 0)) for each in gone)
+        return tuple(creates), tuple(destroys)
 
 
 # --- steps ---------------------------------------------------------------------------------------------------
@@ -129,32 +171,34 @@ def _create(kernel: Kernel, step: CreateSet) -> None:
     data = nested(ATTR_DATA, _u32(DATA_HASHSIZE, max(64, len(wanted))), _u32(DATA_MAXELEM, size))
     body = string(ATTR_NAME, name) + string(ATTR_TYPE, TYPE) + attr(ATTR_REVISION, bytes([REVISION]))
     _request(kernel, step.name, CREATE, family, body + attr(ATTR_FAMILY, bytes([FAMILY[family]])) + data)
-    _change(kernel, step.name, ADD, step.set, wanted)
     found = find_set(kernel, name)
-    if found is not None and found.held != len(wanted):
-        kept = set(wanted)
-        extra = [cidr for data in found.raw for cidr in _elements(family, data) if cidr not in kept]
-        _change(kernel, step.name, DEL, step.set, extra)
+    standing = [each for data in found.raw for each in _elements(family, data)] if found else []
+    right = {cidr for cidr, plain in standing if plain}.intersection(wanted)
+    # What is wrong goes first: a set may be full.
+    _change(kernel, step.name, DEL, step.set, [cidr for cidr, _ in standing if cidr not in right])
+    _change(kernel, step.name, ADD, step.set, [cidr for cidr in wanted if cidr not in right] if right else wanted)
 
 
-def _change(kernel: Kernel, label: str, command: int, owner: NamedSet, elements: Iterable[Cidr]) -> None:
-    pack = _ELEMENT[owner.family].pack
-    sizes = _ELEMENT_HEADS[owner.family]
-    encoded = [pack(*sizes, packed, 5, DATA_CIDR, prefix) for packed, prefix in elements]
+def _change(kernel: Kernel, label: str, command: int, owner: NamedSet, elements: Sequence[Cidr]) -> None:
+    encoded = _pack(owner.family, elements, _SENT[owner.family])
     for start in range(0, len(encoded), CHUNK):
         body = string(ATTR_NAME, owner.name) + nested(ATTR_ADT, *encoded[start : start + CHUNK]) + _u32(ATTR_LINE, 0)
         _request(kernel, label, command, owner.family, body)
 
 
 def _destroy(kernel: Kernel, step: DestroySet) -> None:
-    deadline = time.monotonic() + RELEASE_SECONDS
+    deadline = time.monotonic() + (SHARED_SECONDS if step.shared else RELEASE_SECONDS)
     while True:
         try:
             _request(kernel, step.name, DESTROY, "ip", string(ATTR_NAME, step.set))
         except KernelError as error:
             if error.errno == errno.ENOENT:
                 return
-            if error.errno not in (BUSY, REFERENCED) or time.monotonic() > deadline:
+            if error.errno not in (BUSY, REFERENCED):
+                raise
+            if time.monotonic() > deadline:
+                if step.shared:
+                    return
                 raise
             time.sleep(0.005)
         else:
@@ -165,11 +209,16 @@ def _destroy(kernel: Kernel, step: DestroySet) -> None:
 
 
 def list_sets(kernel: Kernel, prefix: str) -> tuple[Listed, ...]:
-    """The sets whose names begin with `prefix`, sorted by name, with their elements. Loads no module."""
-    if not loaded(kernel):
+    """The sets whose names begin with `prefix`, sorted by name, with their elements. Raises KernelError."""
+    if not _loaded(kernel):
         return ()
     # The names first: a dump with the elements would carry everybody's.
-    heads = _request(kernel, "list sets", LIST, "ip", _u32(ATTR_FLAGS, LIST_HEADER))
+    try:
+        heads = _request(kernel, "list sets", LIST, "ip", _u32(ATTR_FLAGS, LIST_HEADER))
+    except KernelError as error:
+        if error.errno == errno.EINVAL:  # nfnetlink knows no such subsystem
+            return ()
+        raise
     names = sorted(name for head in heads if (name := text(head.get(ATTR_NAME, b""))).startswith(prefix))
     return tuple(found for name in names if (found := find_set(kernel, name)) is not None)
 
@@ -185,52 +234,35 @@ def find_set(kernel: Kernel, name: str) -> Listed | None:
     head = next((part for part in parts if ATTR_TYPE in part), None)
     if head is None:
         return None
-    data = parse_attributes(head[ATTR_DATA])
+    references = number(parse_attributes(head[ATTR_DATA])[DATA_REFERENCES])
     raw = tuple(part[ATTR_ADT] for part in parts if ATTR_ADT in part)
-    return Listed(
-        name,
-        text(head[ATTR_TYPE]),
-        head[ATTR_FAMILY][0],
-        number(data[DATA_ELEMENTS]),
-        raw,
-        number(data[DATA_REFERENCES]),
-    )
+    return Listed(name, text(head[ATTR_TYPE]), head[ATTR_FAMILY][0], raw, references, number(head[ATTR_INDEX]))
 
 
-def loaded(kernel: Kernel) -> bool:
-    """Whether the kernel has ipset at the moment. Loads no module."""
+def _loaded(kernel: Kernel) -> bool:
+    """Whether the kernel has ipset at the moment. Netlink would load the module, or look for it each time in vain."""
     try:
         kernel.getsockopt("ip", SO_IP_SET, _OPERATION.pack(OP_BY_NAME, PROTOCOL, b""), SOL_IP)
+    except PermissionError:
+        return True  # no CAP_NET_RAW for the socket: netlink does without
     except OSError as error:
         if error.errno == errno.ENOPROTOOPT:
             return False
-        raise
+        raise refused("look for ipset", error) from error
     return True
 
 
 def set_index(kernel: Kernel, name: str) -> int:
     """The kernel's index of a set, which the match `set` stores. Raises KernelError where there is no such set."""
-    try:
-        answer = kernel.getsockopt("ip", SO_IP_SET, _OPERATION.pack(OP_BY_NAME, PROTOCOL, name.encode()), SOL_IP)
-    except OSError as error:
-        raise KernelError(f"find set {name}", error.errno or errno.EIO) from error
-    index = int(_INDEX.unpack_from(answer, 8)[0])
-    if index == NO_INDEX:
-        raise KernelError(f"find set {name}", errno.ENOENT)
-    return index
+    (found,) = _request(kernel, f"find set {name}", GET_BYNAME, "ip", string(ATTR_NAME, name))
+    return number(found[ATTR_INDEX])
 
 
 def set_name(kernel: Kernel, index: int) -> str:
     """The name of the set with this index. Raises KernelError where there is none."""
-    query = _OPERATION.pack(OP_BY_INDEX, PROTOCOL, _INDEX.pack(index))
-    try:
-        answer = kernel.getsockopt("ip", SO_IP_SET, query, SOL_IP)
-    except OSError as error:
-        raise KernelError(f"find set with index {index}", error.errno or errno.EIO) from error
-    name = answer[8:40].split(b"\0", 1)[0].decode()
-    if not name:
-        raise KernelError(f"find set with index {index}", errno.ENOENT)
-    return name
+    query = attr(ATTR_INDEX | NET_ORDER, _BE16.pack(index))
+    (found,) = _request(kernel, f"find set with index {index}", GET_BYINDEX, "ip", query)
+    return text(found[ATTR_NAME])
 
 
 # --- elements and messages -----------------------------------------------------------------------------------
@@ -246,21 +278,28 @@ def split(elements: tuple[Cidr, ...]) -> tuple[Cidr, ...]:
 
 def _join(elements: list[Cidr]) -> tuple[Cidr, ...]:
     """The inverse of `split`, sorted: the two halves of everything are everything."""
-    if len(elements) == 2 and elements[0].prefix == elements[1].prefix == 1:
+    if len(set(elements)) == 2 and elements[0].prefix == elements[1].prefix == 1:
         return (Cidr(bytes(len(elements[0].packed)), 0),)
     return tuple(sorted(elements))
 
 
-def _elements(family: Family, data: bytes) -> Iterator[Cidr]:
-    layout, heads = _ELEMENT[family], _ELEMENT_HEADS[family]
+def _pack(family: Family, elements: Iterable[Cidr], heads: tuple[int, ...]) -> list[bytes]:
+    """Each as an element of a list of elements."""
+    pack = _ELEMENT[family].pack
+    return [pack(*heads, packed, 5, DATA_CIDR, prefix) for packed, prefix in elements]
+
+
+def _elements(family: Family, data: bytes) -> Iterator[tuple[Cidr, bool]]:
+    """Each block, and whether it is a plain member: neither exempt from the set (nomatch) nor there for a time only."""
+    layout, heads = _ELEMENT[family], _DUMPED[family]
     if len(data) % layout.size == 0 and all(row[:6] == heads for row in layout.iter_unpack(data)):
         for *_, address, _, _, prefix in layout.iter_unpack(data):
-            yield Cidr(address, prefix)
+            yield Cidr(address, prefix), True
         return
-    for _, element in iter_attributes(data):  # somebody added one with options
+    for _, element in iter_attributes(data):
         attributes = parse_attributes(element)
         (address,) = parse_attributes(attributes[DATA_IP]).values()
-        yield Cidr(address, attributes[DATA_CIDR][0])
+        yield Cidr(address, attributes[DATA_CIDR][0]), len(attributes) == 2
 
 
 def _u32(kind: int, value: int) -> bytes:
@@ -276,7 +315,7 @@ def _request(kernel: Kernel, label: str, command: int, family: Family, body: byt
     try:
         answers = kernel.netlink(NETLINK_NETFILTER, header + body)
     except OSError as error:
-        raise KernelError(label, error.errno or errno.EIO) from error
+        raise refused(label, error) from error
     found: list[dict[int, bytes]] = []
     for answer in answers:
         offset = 0
@@ -284,7 +323,7 @@ def _request(kernel: Kernel, label: str, command: int, family: Family, body: byt
             size, kind = struct.unpack_from("=IH", answer, offset)
             payload = answer[offset + 16 : offset + size]
             if kind == NLMSG_ERROR and (code := -int(_ERROR.unpack_from(payload)[0])):
-                raise KernelError(label, code, cause=CAUSES.get(code, ""))
+                raise refused(label, OSError(code, ""), CAUSES.get(code, ""))
             if kind >> 8 == SUBSYSTEM:
                 found.append(parse_attributes(payload[4:]))
             offset += max(size + 3 & ~3, 16)

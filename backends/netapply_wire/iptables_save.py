@@ -116,7 +116,7 @@ def save_rule(rule: Rule, family: Family) -> str:
         match match:
             case AddressMatch():
                 header[places[match.side]] = f"{_not(match)} -{match.side[0]} {match.cidr}"
-            case IfaceMatch():
+            case IfaceMatch() if match.name != "+" or match.negate:  # of any interface iptables says nothing
                 header[places[match.direction]] = f"{_not(match)} -{match.direction[0]} {match.name}"
             case _:
                 words.append(_match(match, protocol))

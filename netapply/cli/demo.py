@@ -64,7 +64,9 @@ def run_demo(printer: Printer, *, backends: tuple[str, ...], modes: tuple[Mode, 
         os.environ["XTABLES_LOCKFILE"] = f"{state}/xtables.lock"
         for backend in backends or tuple(BUILT_IN):
             for mode in modes:
+                printer.progress(f"{backend}, inbound {mode} …")
                 each = asyncio.run(_round(backend, mode, state, keep=keep))
+                printer.progress("")
                 rounds.append(each)
                 if not printer.json:
                     _print_round(each, printer)

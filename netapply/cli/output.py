@@ -46,6 +46,12 @@ class Printer:
         """A line beside the output: a warning, or progress."""
         self._err.write(f"netapply: {text}\n")
 
+    def progress(self, text: str) -> None:
+        """What is going on, on a terminal alone; the next one replaces it, and "" takes it away."""
+        if self._err.isatty():
+            self._err.write(f"\r\x1b[K{text}")
+            self._err.flush()
+
     def paint(self, text: str, colour: str) -> str:
         """The text in a colour, on a terminal."""
         return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self._colour else text
