@@ -93,7 +93,7 @@ def pick(held: tuple[str, ...], wanted: str) -> tuple[Backend, str]:
     """The backend to use and why, where `held` are those that hold ours already. Pure. Raises ConflictError.
 
     Where nothing of ours is there, "auto" takes native nftables without asking the kernel for every feature: that
-    would cost an RCU grace period a question, ten times what the apply does. `next_usable` is for when it fails.
+    would cost an RCU grace period, several times what the apply does. `next_usable` is for when it fails.
     """
     if len(held) > 1:
         raise ConflictError(

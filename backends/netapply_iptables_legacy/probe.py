@@ -52,8 +52,8 @@ _FEATURES = (
     _Needs("sets", "match", "set", 4, "xt_set"),
     _Needs("tproxy", "target", "TPROXY", 1, "xt_TPROXY"),
     _Needs("tproxy", "match", "socket", 3, "xt_socket"),
-    _Needs("marks", "target", "CONNMARK", 2, "xt_connmark"),
-    _Needs("marks", "target", "MARK", 2, "xt_mark"),
+    _Needs("tproxy", "target", "CONNMARK", 2, "xt_connmark"),
+    _Needs("tproxy", "target", "MARK", 2, "xt_mark"),
 )
 
 

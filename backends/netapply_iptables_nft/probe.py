@@ -55,10 +55,10 @@ NEEDED = (
     Needed("sets", "match", "set", 4, "xt_set"),
     Needed("tproxy", "target", "TPROXY", 1, "xt_TPROXY"),
     Needed("tproxy", "match", "socket", 3, "xt_socket"),
-    Needed("marks", "match", "mark", 1, "xt_mark"),
-    Needed("marks", "match", "connmark", 1, "xt_connmark"),
-    Needed("marks", "target", "MARK", 2, "xt_mark"),
-    Needed("marks", "target", "CONNMARK", 2, "xt_connmark"),
+    Needed("tproxy", "match", "mark", 1, "xt_mark"),
+    Needed("tproxy", "match", "connmark", 1, "xt_connmark"),
+    Needed("tproxy", "target", "MARK", 2, "xt_mark"),
+    Needed("tproxy", "target", "CONNMARK", 2, "xt_connmark"),
 )
 
 
