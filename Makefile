@@ -7,7 +7,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 ORACLES := iptables nftables conntrack libnftables1 iproute2 strace util-linux
 
-.PHONY: demo test lint types layers wheel check clean oracles
+.PHONY: demo test times lint types layers wheel check clean oracles
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/netapply demo
@@ -27,6 +27,10 @@ $(VENV)/.installed: pyproject.toml
 oracles:
 	@for tool in iptables nft conntrack ip strace nsenter; do \
 	  command -v $$tool >/dev/null || { apt-get update -qq && apt-get install -y -qq $(ORACLES); break; }; done
+
+# Times of a running process, in a namespace of its own.
+times: $(VENV)/.installed
+	unshare --net $(PY) tests/times.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -46,11 +46,11 @@ class Kernel(Protocol):
         ...
 
     def getsockopt(self, family: Family, option: int, buffer: bytes, level: int | None = None) -> bytes:
-        """getsockopt(2) with `buffer` as input and output, on a raw socket; level SOL_IP or SOL_IPV6 by default."""
+        """getsockopt(2) with `buffer` as input and output, on an inet socket; level SOL_IP or SOL_IPV6 by default."""
         ...
 
     def setsockopt(self, family: Family, option: int, blob: bytes, scratch: Scratch | None = None) -> bytes:
-        """setsockopt(2) on a raw socket; returns what the kernel wrote to the scratch buffer (b"" without one)."""
+        """setsockopt(2) on an inet socket; returns what the kernel wrote to the scratch buffer (b"" without one)."""
         ...
 
     def read_file(self, path: str) -> str:

@@ -43,7 +43,7 @@ class Namespace:
         self._lock_timeout = lock_timeout
         self._lock = threading.Lock()
         self._netlink: dict[NetlinkProtocol, socket.socket] = {}
-        self._raw: dict[Family, socket.socket] = {}
+        self._inet: dict[Family, socket.socket] = {}
         self.identity = NamespaceId(*self._file, 0)
 
     @classmethod
@@ -123,25 +123,26 @@ class Namespace:
                 raise
 
     def getsockopt(self, family: Family, option: int, buffer: bytes, level: int | None = None) -> bytes:
-        """Get an option of a raw socket of this family, `buffer` being input and output. Raises OSError."""
+        """Get an option of a socket of this family, `buffer` being input and output. Raises OSError."""
         with self._lock:
-            fd = self._raw_socket(family).fileno()
+            fd = self._inet_socket(family).fileno()
             return syscalls.getsockopt(fd, _LEVEL[family] if level is None else level, option, buffer)
 
     def setsockopt(self, family: Family, option: int, blob: bytes, scratch: Scratch | None = None) -> bytes:
-        """Set an option of a raw socket of this family; returns what the kernel wrote to `scratch`. Raises OSError."""
+        """Set an option of a socket of this family; returns what the kernel wrote to `scratch`. Raises OSError."""
         with self._lock:
-            fd = self._raw_socket(family).fileno()
+            fd = self._inet_socket(family).fileno()
             if scratch is None:
                 syscalls.setsockopt(fd, _LEVEL[family], option, blob)
                 return b""
             return syscalls.setsockopt_scratch(fd, _LEVEL[family], option, blob, scratch)
 
-    def _raw_socket(self, family: Family) -> socket.socket:
-        sock = self._raw.get(family)
+    def _inet_socket(self, family: Family) -> socket.socket:
+        sock = self._inet.get(family)
         if sock is None:
-            kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-            sock = self._raw[family] = self._visit(lambda: socket.socket(_FAMILY[family], kind, socket.IPPROTO_RAW))
+            # Any inet socket will do for nf_sockopt (net/netfilter/nf_sockopt.c); a raw one would need CAP_NET_RAW.
+            kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+            sock = self._inet[family] = self._visit(lambda: socket.socket(_FAMILY[family], kind))
         return sock
 
     def read_file(self, path: str) -> str:
@@ -197,10 +198,10 @@ class Namespace:
         with self._lock:
             for protocol, netlink in self._netlink.items():
                 _close(protocol, netlink)
-            for raw in self._raw.values():
+            for raw in self._inet.values():
                 raw.close()
             self._netlink.clear()
-            self._raw.clear()
+            self._inet.clear()
             fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

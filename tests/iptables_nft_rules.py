@@ -49,7 +49,7 @@ from netapply_iptables_nft.builtin import BUILT_IN, TABLES
 SIZE = {"ip": 4, "ip6": 16}
 HOOKS = {"raw": ["PREROUTING", "OUTPUT"], "mangle": ["PREROUTING", "OUTPUT"], "filter": ["OUTPUT"]}
 HOOKS["nat"] = ["PREROUTING", "OUTPUT"]
-NAMES = ["lo", "eth0", "eth+", "+", "br-1", "a" * 15]
+NAMES = ["lo", "eth0", "eth+", "br-1", "a" * 15]
 
 words = st.integers(0, 0xFFFFFFFF)
 #: Not the ends: iptables 1.8.9 restores `! --dport 0:5` as `--dport 6:65535`, which means the same.

@@ -303,7 +303,7 @@ def test_one_list_follows_another(kernel: Namespace, backend: Backend, family: F
 
 
 class Limited:
-    """A process without CAP_NET_RAW, for which no socket of ip_tables can be opened."""
+    """A process that may ask nothing by socket options."""
 
     def __init__(self, kernel: Namespace) -> None:
         self.lock_timeout = kernel.lock_timeout
@@ -314,7 +314,7 @@ class Limited:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
-def test_iptables_nft_and_its_sets_need_no_raw_socket(kernel: Namespace) -> None:
+def test_iptables_nft_and_its_sets_need_no_socket_options(kernel: Namespace) -> None:
     desired = ruleset(NamedSet(NAME, "ip", v4(40)))
     for wanted in (ruleset(), desired, None):
         apply(Limited(kernel), IPTABLES_NFT, wanted)

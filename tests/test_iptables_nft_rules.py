@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,9 +13,11 @@ from netapply.errors import DecodeError, UnsupportedError
 from netapply.namespace import Namespace
 from netapply.ruleset import (
     AddressMatch,
+    Chain,
     Cidr,
     Family,
     IfaceMatch,
+    Jump,
     LimitMatch,
     MarkMatch,
     PortMatch,
@@ -23,8 +26,10 @@ from netapply.ruleset import (
     Return,
     Rule,
     Ruleset,
+    Table,
 )
 from netapply_iptables_nft import BACKEND
+from netapply_iptables_nft.builtin import BUILT_IN
 from netapply_iptables_nft.decode import decode_rule
 from netapply_iptables_nft.dumped import without_state
 from netapply_iptables_nft.encode import encode_rule
@@ -45,7 +50,6 @@ from netapply_wire.expressions import (
     target,
     verdict,
 )
-from netapply_wire.iptables_save import save_rule
 from netapply_wire.nfnetlink import u32, u64
 from tests import netns as namespaces
 from tests.iptables_nft_rules import rulesets
@@ -229,17 +233,25 @@ def test_what_iptables_cannot_say_is_refused(matches: tuple[object, ...]) -> Non
         encode_rule(Rule(matches, Return()), "ip")
 
 
+@pytest.mark.parametrize("direction", ["in", "out"])
 @pytest.mark.parametrize("negate", [False, True])
-def test_every_interface_and_none_are_spelled_as_iptables_does(worn: tuple[Netns, Namespace], negate: bool) -> None:
+def test_every_interface_and_none_are_spelled_as_iptables_does(
+    worn: tuple[Netns, Namespace], direction: Literal["in", "out"], negate: bool
+) -> None:
     """`+` is loaded and not compared; `! +` is a name that no interface can have."""
     netns, kernel = worn
-    rule = Rule((IfaceMatch("out", "+", negate), ProtocolMatch(6)), Return())
-    netns.run("iptables-nft", "-t", "raw", "-F")
-    netns.run("iptables-nft", "-t", "raw", "-A", "OUTPUT", *(["!"] * negate), "-o", "+", "-p", "tcp", "-j", "RETURN")
-    (found,) = read_tables(kernel)["ip", "raw"].chains["OUTPUT"].rules
-    assert decode_rule(without_state(found.expressions), "ip") == rule
-    assert f"-A OUTPUT{save_rule(rule, 'ip')}" in netns.run("iptables-nft-save", "-t", "raw")
-    netns.run("iptables-nft", "-t", "raw", "-F")
+    hook = "PREROUTING" if direction == "in" else "OUTPUT"
+    rule = Rule((IfaceMatch(direction, "+", negate), ProtocolMatch(6)), Return())
+    jump = Chain(hook, base=BUILT_IN["raw"][hook], head=(Rule((), Jump("NETAPPLY_X")),))
+    ruleset = Ruleset((Table("ip", "raw", (jump, Chain("NETAPPLY_X", (rule,)))),))
+    apply(kernel, ruleset)
+    assert BACKEND.read(kernel).ruleset == ruleset
+    assert BACKEND.render_rule(ruleset.tables[0], ruleset.tables[0].chains[1], rule) in netns.run(SAVE["ip"])
+    words = [*(["!"] * negate), f"-{direction[0]}", "+", "-p", "tcp", "-j", "RETURN"]
+    netns.run("iptables-nft", "-t", "raw", "-A", "NETAPPLY_X", *words)
+    ours, theirs = expressions_in(kernel)[("ip", "raw"), "NETAPPLY_X"]
+    assert ours == theirs
+    apply(kernel, None)
 
 
 OIF = meta(NFT_META_OIFNAME) + cmp(NFT_CMP_EQ, b"lo\0")

@@ -120,7 +120,7 @@ def _lines(netns: Netns) -> dict[str, list[str]]:
 @each_backend
 @pytest.mark.parametrize("start", ["empty", "redirect"])
 def test_a_failure_at_any_step_leaves_the_namespace_as_it_was(
-    netns: Netns, backend: str, start: str, monkeypatch: pytest.MonkeyPatch
+    netns: Netns, backend: str, start: str, monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None]
 ) -> None:
     """Every step of a large apply fails in turn, before and after it was done."""
     foreign.put_up(netns, backend)
@@ -148,6 +148,7 @@ def test_a_failure_at_any_step_leaves_the_namespace_as_it_was(
             else:
                 capture.apply(PLANS[start])
             assert foreign.picture(netns) == before
+        figure(f"{tried} failures injected, each time the namespace as it was")
         assert tried >= 8
         assert capture.apply(FULL, backend=backend).changed
 
@@ -219,7 +220,7 @@ def _method(function: Callable[..., object]) -> Callable[..., object]:
 @each_backend
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_run_that_died_at_any_step_is_resolved_by_the_next_command(
-    netns: Netns, backend: str, when: str, tmp_path: Path
+    netns: Netns, backend: str, when: str, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     """The process dies at each step in turn. The next command finishes or undoes it, says so, and clean is clean."""
     foreign.put_up(netns, backend)
@@ -233,6 +234,7 @@ def test_a_run_that_died_at_any_step_is_resolved_by_the_next_command(
             result = capture.clean()
         assert foreign.picture(netns) == before
         if not died:
+            figure(f"died at {at} steps in turn, each time resolved, and as before after clean")
             assert at >= 5
             return
         assert died == 9
@@ -250,7 +252,9 @@ def test_ours_in_another_dialect_is_refused_and_auto_stays_with_it(capture: Capt
 
 
 @each_backend
-def test_no_program_is_started_and_no_library_loaded(netns: Netns, backend: str, tmp_path: Path) -> None:
+def test_no_program_is_started_and_no_library_loaded(
+    netns: Netns, backend: str, tmp_path: Path, figure: Callable[[str], None]
+) -> None:
     """One execve over apply, diff, verify and clean: the interpreter's. With an empty PATH, and without libnftables."""
     plan = tmp_path / "plan.yaml"
     plan.write_text("apiVersion: netapply/v1\ninbound: {mode: tproxy}\ndns: {capture: all}\n")
@@ -282,7 +286,9 @@ def test_no_program_is_started_and_no_library_loaded(netns: Netns, backend: str,
         )
         assert done.returncode == 0, done.stderr
         calls = log.read_text()
-        assert len(re.findall(r"\b(?:execve|execveat|fork|vfork)\(", calls)) == 1
+        started = len(re.findall(r"\b(?:execve|execveat|fork|vfork)\(", calls))
+        figure(f"{command[0]}: {started} execve (the interpreter's)")
+        assert started == 1
         assert "libnftables" not in calls
 
 

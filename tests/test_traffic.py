@@ -7,7 +7,7 @@ import contextlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -47,12 +47,15 @@ def captured(lab: Lab, plan: CapturePlan, backend: str) -> Iterator[Capture]:
 
 @each_backend
 @pytest.mark.parametrize("mode", ["redirect", "tproxy"])
-async def test_the_six_traffic_types_go_where_they_should(backend: str, mode: str) -> None:
+async def test_the_six_traffic_types_go_where_they_should(
+    backend: str, mode: str, figure: Callable[[str], None]
+) -> None:
     async with Lab() as lab:
         with captured(lab, demo_plan(mode), backend) as capture:  # type: ignore[arg-type]  # one of the two literals
             for traffic in traffic_types(mode, lab.families):  # type: ignore[arg-type]  # likewise
                 answer = await lab.send(traffic.send)
                 assert not traffic.expect.faults(answer), (traffic.name, traffic.family)
+            figure(f"{len(traffic_types(mode, lab.families))} flows right")  # type: ignore[arg-type]  # likewise
             capture.clean()
         for traffic in traffic_types("direct", lab.families):
             assert not traffic.expect.faults(await lab.send(traffic.send)), traffic.name
@@ -68,7 +71,9 @@ def _conntrack(lab: Lab) -> str:
 
 @each_backend
 @pytest.mark.parametrize("capture_mode", ["all", "servers"])
-async def test_dns_is_captured_over_udp_and_tcp_and_leaves_no_unreplied_pair(backend: str, capture_mode: str) -> None:
+async def test_dns_is_captured_over_udp_and_tcp_and_leaves_no_unreplied_pair(
+    backend: str, capture_mode: str, figure: Callable[[str], None]
+) -> None:
     """The client is answered by the proxy, the proxy's own query by the server, and conntrack sees both replied."""
     async with Lab() as lab:
         servers = tuple(_host(ADDRESSES[family].remote) for family in FAMILIES)
@@ -82,6 +87,7 @@ async def test_dns_is_captured_over_udp_and_tcp_and_leaves_no_unreplied_pair(bac
             table = _conntrack(lab)
             assert "zone=2" in table
             assert "zone=1" in table
+            figure(f"{table.count('src=') // 2} conntrack entries, {table.count('UNREPLIED')} UNREPLIED")
             assert "UNREPLIED" not in table
 
 
@@ -217,7 +223,9 @@ with netapply.open(path) as capture:
 
 
 @each_backend
-async def test_no_connection_is_misdirected_or_refused_while_rules_are_updated(backend: str) -> None:
+async def test_no_connection_is_misdirected_or_refused_while_rules_are_updated(
+    backend: str, figure: Callable[[str], None]
+) -> None:
     """1,000 updates by another process under continuous connects, out and in."""
     async with Lab() as lab:
         with captured(lab, CapturePlan(), backend):
@@ -231,6 +239,7 @@ async def test_no_connection_is_misdirected_or_refused_while_rules_are_updated(b
                 for client in clients:
                     client.cancel()
                 await asyncio.gather(*clients, return_exceptions=True)
+        figure(f"{UPDATES} updates, {seen.connections} connections, {len(seen.wrong)} misdirected or refused")
         assert not seen.wrong
         assert seen.connections > 500
 

@@ -7,6 +7,7 @@ chain. So nothing of what a match or target of somebody else contains needs to b
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from netapply.errors import DecodeError, UnsupportedError
@@ -118,6 +119,8 @@ class _Raw(NamedTuple):
     opens: str | None  # the chain that this ERROR entry begins
 
 
+#: A table whose counters stand still reads back in the same bytes, in one namespace after another too.
+@lru_cache(maxsize=8)
 def parse(family: Family, info: Info, data: bytes) -> tuple[Block, ...]:
     """Cut a table into its chains. Raises DecodeError for one that no iptables has written."""
     raw = _walk(LAYOUT[family], data)

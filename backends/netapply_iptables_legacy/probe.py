@@ -87,7 +87,7 @@ def _without_ip6(kernel: Kernel) -> dict[str, str]:
 
 def _unusable(number: int) -> Probe:
     if number in (errno.EPERM, errno.EACCES):
-        return Probe("denied", "ip_tables needs CAP_NET_ADMIN and CAP_NET_RAW")
+        return Probe("denied", "ip_tables needs CAP_NET_ADMIN")
     if number == errno.ENOPROTOOPT:
         return Probe("unsupported", "the kernel has no ip_tables: modprobe ip_tables")
     return Probe("unsupported", f"ip_tables: {errno.errorcode.get(number, number)}")

@@ -244,7 +244,7 @@ def _loaded(kernel: Kernel) -> bool:
     try:
         kernel.getsockopt("ip", SO_IP_SET, _OPERATION.pack(OP_BY_NAME, PROTOCOL, b""), SOL_IP)
     except PermissionError:
-        return True  # no CAP_NET_RAW for the socket: netlink does without
+        return True  # we may not ask here: netlink answers for itself
     except OSError as error:
         if error.errno == errno.ENOPROTOOPT:
             return False

@@ -7,7 +7,7 @@ import errno
 from netapply.errors import KernelError
 
 _NEXT_STEPS = {
-    errno.EPERM: "run as root, or with CAP_NET_ADMIN and CAP_NET_RAW, in the user namespace that owns the namespace",
+    errno.EPERM: "run as root, or with CAP_NET_ADMIN, in the user namespace that owns the namespace",
     errno.EACCES: "run as root, who alone may read that file, or with CAP_DAC_READ_SEARCH",
 }
 

@@ -58,8 +58,9 @@ def _rank(match: Match) -> tuple[int, bool]:
 
 
 def rule(path: str, statement: Statement, *matches: Match, family: Family | None = None) -> Rule:
-    """One rule with its matches in the canonical order."""
-    return Rule(tuple(sorted(matches, key=_rank)), statement, family, path=path)
+    """One rule with its matches in the canonical order. What always holds, as an interface `+`, is not said."""
+    telling = (match for match in matches if not (match.kind == "iface" and match.name == "+" and not match.negate))
+    return Rule(tuple(sorted(telling, key=_rank)), statement, family, path=path)
 
 
 class Terms:
