@@ -1,4 +1,4 @@
-"""Print what apply, an unchanged apply, an update and clean take in this process, in each dialect. Run it in a namespace."""
+"""Print what apply, an unchanged one, an update and clean take in this process, in each dialect. Run in a namespace."""
 
 from __future__ import annotations
 
