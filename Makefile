@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed oracles
 	$(PY) -m coverage run -m pytest $(PYTEST)
-	@$(PY) -m coverage report --skip-covered --skip-empty --sort=cover > coverage.txt; tail -n 1 coverage.txt
+	@$(PY) -m coverage report --skip-covered --skip-empty --sort=cover > coverage.txt
 
 # One environment for all: the project, editable, and what tests and linters need.
 $(VENV)/.installed: pyproject.toml
