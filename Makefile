@@ -18,7 +18,7 @@ test: $(VENV)/.installed oracles
 
 # One environment for all: the project, editable, and what tests and linters need.
 $(VENV)/.installed: pyproject.toml
-	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import ensurepip' 2>/dev/null || apt-get install -y -qq python3 python3-venv
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -qq && apt-get install -y -qq python3 python3-venv; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --editable '.[reader,dev]'
 	touch $@
