@@ -1,12 +1,13 @@
 """The operations: apply, diff, verify, clean, show. Synchronous; the namespace is an explicit argument.
 
-with netapply.Namespace.open("pod-1") as namespace:
-    result = netapply.apply(namespace, plan)
+with Namespace.open("pod-1") as namespace:
+    result = apply(namespace, plan)
+
+`netapply.open` gives the same as methods of one object (`netapply.api`).
 """
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from netapply import routing
 from netapply.backend import OURS, Backend, find_backend
 from netapply.compiler import compile_plan, compile_routing
-from netapply.detection import PREFERENCE, choose, holding_ours, lacking, next_usable, probe
+from netapply.detection import PREFERENCE, UNSUPPORTED, choose, holding_ours, lacking, next_usable, probe
 from netapply.differences import ruleset_changes
 from netapply.errors import ApplyError, JournalError, KernelError, NetapplyError, UnsupportedError
 from netapply.existing import existing_flows, treated_otherwise
@@ -133,7 +134,8 @@ def _attempt(
     known = session.entry.created if session.entry else Routing()
     entry = Entry(True, backend.name, NOWHERE, desired, known, layout, fingerprint)
     outcome = Transaction(namespace, backend, OURS, session.files, cancelled).run(entry, session.entry)
-    if not outcome.steps and session.files and (session.entry is None or session.entry.fingerprint != fingerprint):
+    said = session.entry
+    if not outcome.steps and session.files and (said is None or said.pending or said.fingerprint != fingerprint):
         session.files.settle(entry._replace(before=desired, created=outcome.created))
     flows: int | None = None
     if count_flows:
@@ -155,7 +157,7 @@ def _instead(
 ) -> tuple[Backend, str]:
     """What to try after a roll-back that the probe can explain. Raises UnsupportedError, or `error` again."""
     cause = error.__cause__
-    if not (error.restored and isinstance(cause, KernelError) and cause.errno in _UNSUPPORTED):
+    if not (error.restored and isinstance(cause, KernelError) and cause.errno in UNSUPPORTED):
         raise error
     found = probe(namespace, failed)
     if found.status == "usable":
@@ -166,12 +168,6 @@ def _instead(
         said = f"{failed.name} is {found.status} here: {found.reason}"
         raise UnsupportedError(said, next_step="netapply detect") from error
     return next_usable(namespace)
-
-
-#: What kernels answer to a table, chain type, expression or extension that they do not have.
-_UNSUPPORTED = frozenset(
-    (errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)
-)
 
 
 def possible(namespace: Namespace, wanted: Routing) -> tuple[Routing, tuple[str, ...]]:

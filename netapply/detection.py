@@ -15,6 +15,11 @@ from netapply.results import Candidate, Detection
 #: In this order when nothing of ours is there: native needs no xt module, no lock and nobody else's table.
 PREFERENCE = tuple(BUILT_IN)
 
+#: What kernels answer to a dialect, table, chain type, expression or extension that they do not have.
+UNSUPPORTED = frozenset(
+    (errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)
+)
+
 #: What a kernel can do does not change while it runs; whether we may, does. So only good news is kept.
 _usable: dict[str, Probe] = {}
 
@@ -56,7 +61,10 @@ class Held(NamedTuple):
 
 
 def holding_ours(kernel: Kernel, owned: Owned = OURS, also: tuple[str, ...] = ()) -> Held:
-    """Look in the dialects of all backends, built in or named by `also`. Raises KernelError if we may look in none."""
+    """Look in the dialects of all backends, built in or named by `also`.
+
+    Raises KernelError where we may look in none, or a look failed: a dialect that was not seen is not an empty one.
+    """
     names: list[str] = []
     unseen: dict[str, KernelError] = {}
     every = (*PREFERENCE, *also)
@@ -65,9 +73,10 @@ def holding_ours(kernel: Kernel, owned: Owned = OURS, also: tuple[str, ...] = ()
             if find_backend(name).detect(kernel, owned):
                 names.append(name)
         except KernelError as error:
-            # Otherwise the kernel does not have that dialect, and so holds nothing in it.
             if error.errno in (errno.EPERM, errno.EACCES):
                 unseen[name] = error
+            elif error.errno not in UNSUPPORTED:  # those hold nothing in that dialect
+                raise
     if len(unseen) == len(every):
         denied = unseen[every[0]]
         denied.next_step = denied.next_step or "run as root, or with CAP_NET_ADMIN in the namespace"

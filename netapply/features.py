@@ -49,7 +49,7 @@ _WITHOUT: Mapping[str, Callable[[CapturePlan], CapturePlan]] = {
     "invalid": lambda plan: plan._replace(invalid="keep"),
     "log": lambda plan: plan._replace(log=None),
     "comments": lambda plan: plan._replace(comments=False),
-    "cgroups": lambda plan: _without_cgroups(plan),  # noqa: PLW0108 - defined below
+    "cgroups": lambda plan: _without_cgroups(plan),  # noqa: PLW0108 - the function stands below
 }
 #: How to plan without what cannot be preferred.
 _REMEDY = {

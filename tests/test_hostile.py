@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import netapply
-from netapply.backend import BUILT_IN
-from netapply.errors import JournalError, LockError, UnsupportedError
+from netapply.backend import BUILT_IN, find_backend
+from netapply.errors import JournalError, KernelError, LockError, UnsupportedError
 from netapply.features import degrade
 from netapply.journal import Journal
 from netapply.plan import CapturePlan, Cgroup, Inbound, Outbound, OwnerRules, Owners
@@ -175,6 +176,18 @@ def test_clean_works_after_a_damaged_and_interrupted_run(netns: Netns, tmp_path:
         assert journal.exists()
         assert capture.clean().changed
     assert foreign.picture(netns) == before
+
+
+def test_a_dialect_that_could_not_be_read_is_not_taken_for_empty(netns: Netns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a second copy of ours could be put beside the first, in another dialect."""
+
+    def failing(*_: object) -> bool:
+        raise KernelError("list tables", errno.ENOBUFS)
+
+    monkeypatch.setattr(type(find_backend("iptables-nft")), "detect", failing)
+    with netapply.open(netns.path) as capture, pytest.raises(KernelError, match="ENOBUFS"):
+        capture.apply(CapturePlan())
+    assert netns.run("nft", "list", "ruleset") == ""
 
 
 def test_capture_by_cgroups_alone_is_never_degraded_to_no_capture() -> None:
