@@ -17,8 +17,9 @@ import netapply
 from netapply.backend import BUILT_IN, find_backend
 from netapply.errors import JournalError, KernelError, LockError, UnsupportedError
 from netapply.features import degrade
-from netapply.journal import Journal
+from netapply.journal import Journal, State
 from netapply.plan import CapturePlan, Cgroup, Inbound, Outbound, OwnerRules, Owners
+from netapply.ruleset import Chain, Jump, Routing, Rule, Ruleset, Table
 from tests import foreign
 from tests.netns import Netns
 
@@ -203,3 +204,20 @@ def test_clean_leaves_no_file_behind(netns: Netns, tmp_path: Path) -> None:
         assert list((tmp_path / "state").iterdir())
         capture.clean()
     assert not list((tmp_path / "state").iterdir())
+
+
+def test_a_run_that_cannot_be_undone_is_over_once_a_plan_holds(netns: Netns, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    with netapply.open(netns.path, state_directory=state) as capture:
+        capture.apply(CapturePlan(), backend="nftables")
+        files = Journal(state).acquire(capture.namespace.identity, 1)
+        entry = files.load()
+        assert entry
+        strange = Ruleset((Table("inet", "netapply", (Chain("nat-output", (Rule((), Jump("<x>")),)),)),))
+        files.begin(entry._replace(before=State(strange, Routing()), desired=State(None, Routing())))
+        files.close()
+        result = capture.apply(CapturePlan())
+        assert not result.changed
+        assert "could not be undone" in result.notes[0]
+        assert capture.verify().same
+        assert not capture.apply(CapturePlan()).notes
