@@ -24,12 +24,14 @@ def decide(plan: CapturePlan, flow: Flow) -> Decision:
     """
     if flow.family == "ip6" and plan.ipv6 == "skip":
         return Decision("bypass", path="ipv6")
-    decision = _outbound(plan, flow) if flow.direction == "outbound" else _inbound(plan, flow)
-    if flow.state == "invalid" and flow.direction == "inbound" and plan.invalid == "drop":
-        excluded = _named(flow.iface, plan.interfaces.exclude)
-        return Decision("bypass", path="interfaces.exclude") if excluded else Decision("drop", path="invalid")
+    decision = _outbound(plan, flow) if flow.direction == "outbound" else _entering(plan, flow)
     blocked = flow.family == "ip6" and plan.ipv6 == "block"
     zone = 0 if blocked else _zone(plan, flow, captured=decision.path.startswith("dns"))
+    if flow.state == "invalid" and flow.direction == "inbound" and plan.invalid != "keep":
+        excluded = plan.invalid == "drop" and _named(flow.iface, plan.interfaces.exclude)
+        return Decision(
+            "bypass" if excluded else "drop", zone=zone, path="interfaces.exclude" if excluded else "invalid"
+        )
     if flow.state != "new":
         return Decision("bypass", zone=zone, path=decision.path)
     if blocked and decision.verdict != "bypass":
@@ -43,19 +45,24 @@ def _outbound(plan: CapturePlan, flow: Flow) -> Decision:
     query = plan.dns.capture != "none" and flow.protocol in (TCP, UDP) and flow.dport == DNS_PORT
     if _named(flow.iface, plan.interfaces.exclude):
         return Decision("bypass", path="interfaces.exclude")
+    if query and flow.protocol == UDP and plan.dns.udp_exempt == "proxy":
+        return _query_over_udp(plan, flow)
     if flow.protocol in (TCP, UDP) and _port(flow.dport, outbound.ports.exclude):
         return Decision("bypass", path="outbound.ports.exclude")
     if any(_excepted(flow, exception) for exception in outbound.exclude_for_owners):
         return Decision("bypass", path="outbound.exclude_for_owners")
     if lo and _address(flow.source, proxy.passthrough_sources):
         return Decision("bypass", path="proxy.passthrough_sources")
-    if _tproxied(plan, flow):
+    if "outbound" in plan.inbound.tproxy.exempt and _tproxied(plan, flow):
         return Decision("bypass", path="inbound.tproxy.mark")
     if _address(flow.destination, proxy.probe_sources):
         return Decision("bypass", path="proxy.probe_sources")
     own_address = lo and tcp and not _address(flow.destination, proxy.loopback)
-    if own_address and flow.dport != proxy.tunnel_port and not query and _self_caller(plan, flow):
+    tunnel = flow.dport == proxy.tunnel_port and "self-calls" in proxy.tunnel_exempt
+    if own_address and not tunnel and not query and _self_caller(plan, flow):
         return Decision("redirect", proxy.inbound_port, path="proxy.self_calls")
+    if own_address and query and _self_query(plan, flow):
+        return Decision("redirect", proxy.inbound_port, path="dns.self_calls")
     if _own(plan, flow):
         return Decision("bypass", path="proxy")
     if lo and not query and outbound.loopback == "bypass":
@@ -79,6 +86,15 @@ def _outbound(plan: CapturePlan, flow: Flow) -> Decision:
     return Decision("bypass", path="outbound.cidrs.include")
 
 
+def _entering(plan: CapturePlan, flow: Flow) -> Decision:
+    """Inbound, once more without rerouting where TPROXY comes before that."""
+    if plan.inbound.mode == "tproxy" and plan.inbound.tproxy.before_reroute:
+        captured = _inbound(plan._replace(interfaces=plan.interfaces._replace(reroute=())), flow)
+        if captured.verdict != "bypass":
+            return captured
+    return _inbound(plan, flow)
+
+
 def _inbound(plan: CapturePlan, flow: Flow) -> Decision:
     proxy, inbound, tcp = plan.proxy, plan.inbound, flow.protocol == TCP
     for index, reroute in enumerate(plan.interfaces.reroute):
@@ -92,19 +108,29 @@ def _inbound(plan: CapturePlan, flow: Flow) -> Decision:
         return Decision("bypass", path="interfaces.exclude")
     if inbound.mode == "none" or not tcp or flow.iface == "lo":
         return Decision("bypass", path="inbound.mode")
-    if _tproxied(plan, flow):
+    if "inbound" in inbound.tproxy.exempt and _tproxied(plan, flow):
         return Decision("bypass", path="inbound.tproxy.mark")
     if _address(flow.source, proxy.probe_sources):
         return Decision("bypass", path="proxy.probe_sources")
     if _address(flow.source, inbound.sources.exclude):
         return Decision("bypass", path="inbound.sources.exclude")
-    if flow.dport == proxy.tunnel_port:
+    if _address(flow.destination, inbound.destinations.exclude):
+        return Decision("bypass", path="inbound.destinations.exclude")
+    if flow.dport == proxy.tunnel_port and "inbound" in proxy.tunnel_exempt:
         return Decision("bypass", path="proxy.tunnel_port")
     if _port(flow.dport, inbound.ports.exclude):
         return Decision("bypass", path="inbound.ports.exclude")
     if not _port(flow.dport, inbound.ports.include):
         return Decision("bypass", path="inbound.ports.include")
-    return Decision(inbound.mode, proxy.inbound_port, path="inbound.ports.include")
+    port = inbound.tproxy.port if inbound.mode == "tproxy" else None
+    return Decision(inbound.mode, port or proxy.inbound_port, path="inbound.ports.include")
+
+
+def _query_over_udp(plan: CapturePlan, flow: Flow) -> Decision:
+    """Where nothing but being the proxy's own exempts a query over UDP."""
+    if _own(plan, flow):
+        return Decision("bypass", path="proxy")
+    return _dns(plan, flow) or Decision("bypass", path="outbound")
 
 
 def _dns(plan: CapturePlan, flow: Flow) -> Decision | None:
@@ -123,9 +149,9 @@ def _zone(plan: CapturePlan, flow: Flow, *, captured: bool) -> int:
     dns = plan.dns
     if dns.capture == "none" or not dns.zones or dns.addresses or flow.protocol != UDP:
         return 0
+    servers: Everything | tuple[Cidr, ...] = "*" if dns.capture == "all" else dns.servers
     if _named(flow.iface, plan.interfaces.exclude):
         return 0
-    servers: Everything | tuple[Cidr, ...] = "*" if dns.capture == "all" else dns.servers
     if flow.direction == "inbound":
         return ZONE_DIRECT if flow.sport == DNS_PORT and _address(flow.source, servers) else 0
     if flow.sport == dns.port and _own(plan, flow):
@@ -156,6 +182,10 @@ def _self_caller(plan: CapturePlan, flow: Flow) -> bool:
     if callers == "none":
         return False
     return _own(plan, flow) if callers == "proxy" else _owned(flow, callers)
+
+
+def _self_query(plan: CapturePlan, flow: Flow) -> bool:
+    return flow.uid not in plan.proxy.uids and _owned(flow, plan.dns.self_calls)
 
 
 def _excepted(flow: Flow, exception: OwnerException) -> bool:

@@ -14,7 +14,7 @@ def needs(plan: CapturePlan) -> tuple[str, ...]:
         "ip6": plan.ipv6 != "skip",
         "tproxy": plan.inbound.mode == "tproxy",
         "dns.zones": plan.dns.capture != "none" and plan.dns.zones and not plan.dns.addresses,
-        "invalid": plan.invalid == "drop",
+        "invalid": plan.invalid != "keep",
         "log": plan.log is not None,
         "comments": plan.comments,
         "cgroups": any(owners.cgroups for owners in _owners(plan)),

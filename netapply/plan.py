@@ -58,6 +58,8 @@ class Proxy(NamedTuple):
     inbound_port: int = 15006
     #: Port of the mesh's own tunnel: never captured inbound, and never turned back by a self-call.
     tunnel_port: int | None = 15008
+    #: Where the tunnel's port is left alone: coming in, and in self-calls.
+    tunnel_exempt: tuple[Literal["inbound", "self-calls"], ...] = ("inbound", "self-calls")
     #: Packets of the proxy that carry this mark are exempt like those of its uid.
     mark: Mark | None = None
     #: Destinations on `lo` that mean "this process group talks among itself".
@@ -83,11 +85,23 @@ class Sources(NamedTuple):
     exclude: tuple[Cidr, ...] = ()
 
 
+class Destinations(NamedTuple):
+    """Local addresses to which connections are not captured inbound."""
+
+    exclude: tuple[Cidr, ...] = ()
+
+
 class TProxyRouting(NamedTuple):
     """The mark and the routing table that deliver a TPROXY packet to the proxy."""
 
     mark: Mark = Mark(1337)
     table: int = 133
+    #: The proxy's transparent port; None means `proxy.inbound_port`.
+    port: int | None = None
+    #: The directions in which a new connection with the mark is left alone.
+    exempt: tuple[Literal["inbound", "outbound"], ...] = ("inbound", "outbound")
+    #: TPROXY takes what it captures before `interfaces.reroute` looks at it.
+    before_reroute: bool = False
 
 
 class Inbound(NamedTuple):
@@ -96,6 +110,7 @@ class Inbound(NamedTuple):
     mode: InboundMode = "redirect"
     ports: InboundPorts = InboundPorts()
     sources: Sources = Sources()
+    destinations: Destinations = Destinations()
     tproxy: TProxyRouting = TProxyRouting()
     placement: Placement = "first"
 
@@ -170,6 +185,10 @@ class Dns(NamedTuple):
     addresses: tuple[bytes, ...] = ()
     #: Conntrack zones keep a client's query and the proxy's own, to the same server, apart.
     zones: bool = True
+    #: What exempts queries over UDP: all that exempts TCP, or being the proxy's own alone.
+    udp_exempt: Literal["outbound", "proxy"] = "outbound"
+    #: Whose TCP queries to the namespace's own address go to the inbound port; never those of the proxy's uids.
+    self_calls: Owners = Owners()
 
 
 class LogSettings(NamedTuple):
@@ -188,7 +207,7 @@ class CapturePlan(NamedTuple):
     interfaces: Interfaces = Interfaces()
     dns: Dns = Dns()
     ipv6: Literal["capture", "skip", "block"] = "capture"
-    invalid: Literal["keep", "drop"] = "keep"
+    invalid: Literal["keep", "drop", "drop-all"] = "keep"
     log: LogSettings | None = None
     comments: bool = False
     activation: Literal["now", "on-listen"] = "now"

@@ -145,8 +145,12 @@ class StateMatch(NamedTuple):
 
 
 class SocketMatch(NamedTuple):
-    """An established or non-wildcard socket with IP_TRANSPARENT exists for this packet (hook prerouting)."""
+    """An established or non-wildcard socket with IP_TRANSPARENT exists for this packet (hook prerouting).
 
+    Not `transparent`: any such socket, as Istio 1.4 asks.
+    """
+
+    transparent: bool = True
     kind: Literal["socket"] = "socket"
 
 

@@ -98,6 +98,10 @@ DNS = Group(
             "Where DNS goes instead of the local port, at most one address a family.",
         ),
         "zones": Field(Flag(), "Whether conntrack zones keep a client's query and the proxy's own apart."),
+        "udp_exempt": Field(
+            Choice(("outbound", "proxy")), "What exempts queries over UDP: all that exempts TCP, or being the proxy's."
+        ),
+        "self_calls": Field(OWNERS, "Whose TCP queries to the namespace's own address go to the inbound port."),
     },
     {**Dns._field_defaults, "servers": _RESOLV_CONF},
     _make_dns,
@@ -116,6 +120,9 @@ PROXY = group(
     inbound_port=Field(kinds.PORT, "Local port that gets inbound connections."),
     tunnel_port=Field(
         none_or(kinds.PORT, "write a port, or none"), "Port of the mesh's own tunnel, never captured inbound; or none."
+    ),
+    tunnel_exempt=Field(
+        Values(Choice(("inbound", "self-calls")), kinds.sorted_once), "Where the tunnel's port is left alone."
     ),
     mark=Field(
         none_or(kinds.MARK, "write a mark, or none"), "Mark of the proxy's own packets, exempt like its uid; or none."
@@ -152,11 +159,24 @@ INBOUND = group(
         group(plan.Sources, exclude=Field(kinds.CIDRS, "Remote addresses whose connections are not captured.")),
         "Remote addresses.",
     ),
+    destinations=Field(
+        group(plan.Destinations, exclude=Field(kinds.CIDRS, "Local addresses to which connections are not captured.")),
+        "Local addresses.",
+    ),
     tproxy=Field(
         group(
             plan.TProxyRouting,
             mark=Field(kinds.MARK, "The mark by which captured packets are routed to the proxy."),
             table=Field(kinds.TABLE, "The routing table that delivers them."),
+            port=Field(
+                none_or(kinds.PORT, "write a port, or none"),
+                "The proxy's transparent port; proxy.inbound_port when none.",
+            ),
+            exempt=Field(
+                Values(Choice(("inbound", "outbound")), kinds.sorted_once),
+                "Directions in which a new connection with the mark is left alone.",
+            ),
+            before_reroute=Field(Flag(), "Whether TPROXY is decided before interfaces.reroute."),
         ),
         "What mode tproxy needs.",
     ),
@@ -242,7 +262,7 @@ PLAN = Group(
         "ipv6": Field(
             Choice(("capture", "skip", "block")), "Whether IPv6 is captured, bypasses the proxy, or is dropped."
         ),
-        "invalid": Field(Choice(("keep", "drop")), "What happens to packets in conntrack state INVALID."),
+        "invalid": Field(Choice(("keep", "drop", "drop-all")), "What happens to packets in conntrack state INVALID."),
         "log": Field(
             none_or(_LOG, "write a mapping of prefix and rate, or none"), "Captured flows in the kernel log; or none."
         ),

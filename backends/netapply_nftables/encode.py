@@ -145,6 +145,8 @@ def _encode_match(match: Match, family: Family | None) -> bytes:
         case StateMatch():
             bits = _HOST32.pack(sum(STATE_BITS[state] for state in match.states))
             return nft.ct(nft.NFT_CT_STATE) + nft.bitwise(bits) + nft.cmp(nft.NFT_CMP_NEQ, bytes(4))
+        case SocketMatch(transparent=False):
+            raise UnsupportedError("native nftables is asked for transparent sockets alone")
         case SocketMatch():
             # xt_socket leaves listeners of the any address out too (they need no help to get their packets).
             transparent = nft.socket(nft.NFT_SOCKET_TRANSPARENT) + nft.cmp(nft.NFT_CMP_EQ, b"\1")

@@ -144,7 +144,7 @@ def _match(match: Match, protocol: int) -> str:
         case StateMatch():
             return " -m conntrack --ctstate " + ",".join(s.upper() for s in _STATES if s in match.states)
         case SocketMatch():
-            return " -m socket --transparent"
+            return " -m socket --transparent" if match.transparent else " -m socket"
         case LimitMatch():
             burst = "" if match.burst == 5 else f" --limit-burst {match.burst}"
             return f" -m limit --limit {_rate(match.rate)}{burst}"

@@ -94,7 +94,9 @@ _CONNMARK_TARGET = struct.Struct("=IIIBBBx")  # xt_connmark_tginfo2: ctmark, ctm
 _CT = struct.Struct("=HH68x")  # xt_ct_target_info_v1: flags, zone
 _LOG = struct.Struct("=BB30s")  # xt_log_info: level, logflags, prefix
 
-_SOCKET = Extension("socket", 3, b"\1" + bytes(7))  # xt_socket_mtinfo3: flags XT_SOCKET_TRANSPARENT
+_SOCKETS = {  # xt_socket_mtinfo3: flags XT_SOCKET_TRANSPARENT, or none
+    transparent: Extension("socket", 3, bytes([transparent]) + bytes(7)) for transparent in (True, False)
+}
 _SAVE_MARK = Extension("CONNMARK", 2, _CONNMARK_TARGET.pack(0, ALL_BITS, ALL_BITS, 0, 0, 1))
 _RESTORE_MARK = Extension("CONNMARK", 2, _CONNMARK_TARGET.pack(0, ALL_BITS, ALL_BITS, 0, 0, 2))
 _CONNTRACK_STATE = 1  # XT_CONNTRACK_STATE
@@ -135,7 +137,7 @@ def match_extension(match: Match, protocol: int) -> Extension | None:
             bits = sum(STATE_BITS[state] for state in match.states)
             return Extension("conntrack", 3, _CONNTRACK.pack(_CONNTRACK_STATE, 0, bits))
         case SocketMatch():
-            return _SOCKET
+            return _SOCKETS[match.transparent]
         case LimitMatch():
             return _limit_extension(match)
         case _:
@@ -217,7 +219,7 @@ def _parse_match(ext: Extension, sets: Mapping[int, str]) -> Match | None:
         _, _, bits = _CONNTRACK.unpack(info)
         return StateMatch(tuple(state for state, bit in STATE_BITS.items() if bits & bit))
     if name == "socket":
-        return SocketMatch()
+        return SocketMatch(transparent=info[0] == 1)
     if name == "limit":
         interval, burst = _LIMIT.unpack(info)
         return LimitMatch(PER_MINUTE // interval, burst)

@@ -3,6 +3,7 @@
 terms        lists of the plan → matches
 decisions    the plan's decisions → rules, in order
 netapply_layout, …   rules → parts of chains
+istio_layout  the same, as versions of Istio arrange them
 layout       parts → tables of a dialect
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
 from netapply.backend import Dialect
-from netapply.compiler import netapply_layout
+from netapply.compiler import istio_layout, netapply_layout
 from netapply.compiler.layout import Part, assemble
 from netapply.compiler.terms import Terms
 from netapply.errors import UnsupportedError
@@ -22,7 +23,12 @@ from netapply.ruleset import FAMILIES, Family, LocalAddress, LocalRoute, PolicyR
 #: Preference of our policy rules: before the main table (32766), and the sign by which they are known as ours.
 RULE_PRIORITY = 13370
 
-LAYOUTS: Mapping[str, Callable[[Terms], Iterator[Part]]] = {"netapply": netapply_layout.parts}
+LAYOUTS: Mapping[str, Callable[[Terms], Iterator[Part]]] = {
+    "netapply": netapply_layout.parts,
+    "istio": istio_layout.parts,
+    "istio-1.11": istio_layout.parts_1_11,
+    "istio-1.4": istio_layout.parts_1_4,
+}
 
 
 @lru_cache(maxsize=64)
@@ -44,7 +50,7 @@ def compile_routing(plan: CapturePlan) -> Routing:
     rules: tuple[PolicyRule, ...] = ()
     routes: tuple[LocalRoute, ...] = ()
     if plan.inbound.mode == "tproxy":
-        mark, table = plan.inbound.tproxy
+        mark, table = plan.inbound.tproxy.mark, plan.inbound.tproxy.table
         rules = tuple(PolicyRule(family, mark.value, mark.mask, table, RULE_PRIORITY) for family in families)
         routes = tuple(LocalRoute(family, table) for family in families)
     addresses = tuple(

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Terms, rule
+from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Term, Terms, rule
 from netapply.decide import DNS_PORT
+from netapply.flow import Direction
 from netapply.plan import Everything
 from netapply.ruleset import (
     Cidr,
@@ -19,6 +20,7 @@ from netapply.ruleset import (
     IfaceMatch,
     MarkMatch,
     Match,
+    OwnerMatch,
     PortMatch,
     PortRange,
     ProtocolMatch,
@@ -60,16 +62,16 @@ def exempt(terms: Terms, statement: Statement, protocols: tuple[ProtocolMatch, .
                     yield rule(f"outbound.exclude_for_owners[{index}]", statement, protocol, *chunk, owner)
     for family, matches in terms.addresses("src", plan.proxy.passthrough_sources):
         yield rule("proxy.passthrough_sources", statement, ON_LO, *matches, family=family)
-    yield from tproxied(terms, statement)
+    yield from tproxied(terms, statement, "outbound")
     for family, matches in terms.addresses("dst", plan.proxy.probe_sources):
         yield rule("proxy.probe_sources", statement, *matches, family=family)
 
 
-def tproxied(terms: Terms, statement: Statement) -> Iterator[Rule]:
+def tproxied(terms: Terms, statement: Statement, direction: Direction) -> Iterator[Rule]:
     """The proxy's connections to the application, on behalf of those that came by TPROXY."""
-    if terms.plan.inbound.mode == "tproxy":
-        mark = terms.plan.inbound.tproxy.mark
-        yield rule("inbound.tproxy.mark", statement, MarkMatch(mark.value, mark.mask))
+    tproxy = terms.plan.inbound.tproxy
+    if terms.plan.inbound.mode == "tproxy" and direction in tproxy.exempt:
+        yield rule("inbound.tproxy.mark", statement, MarkMatch(tproxy.mark.value, tproxy.mark.mask))
 
 
 def self_calls(terms: Terms, statement: Statement) -> Iterator[Rule]:
@@ -78,7 +80,8 @@ def self_calls(terms: Terms, statement: Statement) -> Iterator[Rule]:
     callers = plan.proxy.self_calls
     if callers == "none":
         return
-    spared = [PortRange(plan.proxy.tunnel_port, plan.proxy.tunnel_port)] if plan.proxy.tunnel_port else []
+    tunnel = plan.proxy.tunnel_port if "self-calls" in plan.proxy.tunnel_exempt else None
+    spared = [PortRange(tunnel, tunnel)] if tunnel else []
     spared += QUERY_PORT if plan.dns.capture != "none" else ()
     ports = (PortMatch("dst", tuple(sorted(set(spared))), negate=True),) if spared else ()
     if callers == "everyone":
@@ -87,14 +90,29 @@ def self_calls(terms: Terms, statement: Statement) -> Iterator[Rule]:
         owners = [(match,) for _, match in terms.own()]
     else:
         owners = [(match,) for match in terms.owners(callers)]
-    families: tuple[Family, ...] = ("ip", "ip6")
     for owner in owners:
-        for family in families:
-            own = [block for block in plan.proxy.loopback if block.family == family]
-            if any(not block.prefix for block in own):
-                continue  # all of the family is loopback: no address is left to call
-            far = tuple(match for _, matches in terms.addresses("dst", own, negate=True) for match in matches)
+        for family, far in _own_addresses(terms):
             yield rule("proxy.self_calls", statement, ON_LO, IS_TCP, *far, *ports, *owner, family=family)
+
+
+def self_queries(terms: Terms, statement: Statement) -> Iterator[Rule]:
+    """DNS queries over TCP to an address of one's own, where these go inbound too."""
+    if terms.plan.dns.capture == "none":
+        return
+    strangers = [OwnerMatch("uid", uid, uid, negate=True) for uid in terms.plan.proxy.uids]
+    port = PortMatch("dst", QUERY_PORT)
+    for owner in terms.owners(terms.plan.dns.self_calls):
+        for family, far in _own_addresses(terms):
+            yield rule("dns.self_calls", statement, ON_LO, IS_TCP, *far, port, *strangers, owner, family=family)
+
+
+def _own_addresses(terms: Terms) -> Iterator[Term]:
+    families: tuple[Family, ...] = ("ip", "ip6")
+    for family in families:
+        own = [block for block in terms.plan.proxy.loopback if block.family == family]
+        if any(not block.prefix for block in own):
+            continue  # all of the family is loopback: no address is left to call
+        yield family, tuple(match for _, matches in terms.addresses("dst", own, negate=True) for match in matches)
 
 
 def leave_own(terms: Terms, statement: Statement) -> Iterator[Rule]:
@@ -124,7 +142,20 @@ def leave_owners(terms: Terms, statement: Statement) -> Iterator[Rule]:
         yield rule("outbound.owners.include", statement, *terms.owners(owners.include, negate=True))
 
 
-def dns(terms: Terms, statement: Statement | None) -> Iterator[Rule]:
+def udp_queries(terms: Terms, statement: Statement | None) -> Iterator[Rule]:
+    """Queries over UDP, where nothing but being the proxy's own exempts them."""
+    if terms.plan.dns.capture == "none" or terms.plan.dns.udp_exempt == "outbound":
+        return
+    query = PortMatch("dst", QUERY_PORT)
+    for path, match in terms.own():
+        yield rule(path, Return(), IS_UDP, query, match)
+    yield from dns(terms, statement, (IS_UDP,))
+    yield rule("outbound", Return(), IS_UDP, query)
+
+
+def dns(
+    terms: Terms, statement: Statement | None, protocols: tuple[ProtocolMatch, ...] = (IS_UDP, IS_TCP)
+) -> Iterator[Rule]:
     """Queries to port 53. `statement` None means what the plan says: redirect, or DNAT to its addresses."""
     settings = terms.plan.dns
     if settings.capture == "none":
@@ -134,7 +165,7 @@ def dns(terms: Terms, statement: Statement | None) -> Iterator[Rule]:
     for family, answer in _answers(terms, statement):
         for of, matches in terms.addresses("dst", servers):
             if family is None or of is None or of == family:
-                for protocol in (IS_UDP, IS_TCP):
+                for protocol in protocols:
                     query = PortMatch("dst", QUERY_PORT)
                     yield rule(path, answer, protocol, query, *matches, family=of or family)
 
@@ -167,8 +198,10 @@ def outbound(terms: Terms, capture: Capture) -> Iterator[Rule]:
     """Everything that hook output decides about."""
     protocols = (IS_TCP, IS_UDP) if terms.plan.dns.capture != "none" else (IS_TCP,)
     yield from leave_interfaces(terms, "out")
+    yield from udp_queries(terms, capture.dns)
     yield from exempt(terms, Return(), protocols)
     yield from self_calls(terms, capture.inbound)
+    yield from self_queries(terms, capture.inbound)
     yield from leave_own(terms, Return())
     yield from leave_loopback(terms)
     yield from leave_owners(terms, Return())
@@ -193,12 +226,14 @@ def reroutes(terms: Terms, statement: Statement) -> Iterator[Rule]:
 def inbound_exempt(terms: Terms) -> Iterator[Rule]:
     """Inbound TCP that is left alone: a proxied packet on its second way, probes, sources, ports."""
     plan = terms.plan
-    yield from tproxied(terms, Return())
+    yield from tproxied(terms, Return(), "inbound")
     for family, matches in terms.addresses("src", plan.proxy.probe_sources):
         yield rule("proxy.probe_sources", Return(), *matches, family=family)
     for family, matches in terms.addresses("src", plan.inbound.sources.exclude):
         yield rule("inbound.sources.exclude", Return(), *matches, family=family)
-    if plan.proxy.tunnel_port:
+    for family, matches in terms.addresses("dst", plan.inbound.destinations.exclude):
+        yield rule("inbound.destinations.exclude", Return(), *matches, family=family)
+    if plan.proxy.tunnel_port and "inbound" in plan.proxy.tunnel_exempt:
         tunnel = PortRange(plan.proxy.tunnel_port, plan.proxy.tunnel_port)
         yield rule("proxy.tunnel_port", Return(), IS_TCP, PortMatch("dst", (tunnel,)))
     for match in terms.ports("dst", plan.inbound.ports.exclude):

@@ -45,13 +45,14 @@ def parts(terms: Terms) -> Iterator[Part]:
     captured: tuple[Family, ...] = ("ip", "ip6") if terms.plan.ipv6 == "capture" else ("ip",)
     programmed: tuple[Family, ...] = ("ip",) if terms.plan.ipv6 == "skip" else ("ip", "ip6")
     yield from _zones(terms, captured)
-    if terms.plan.invalid == "drop":
-        rules = (*decisions.leave_interfaces(terms, "in"), rule("invalid", Drop(), StateMatch(("invalid",))))
+    if terms.plan.invalid != "keep":
+        left = decisions.leave_interfaces(terms, "in") if terms.plan.invalid == "drop" else ()
+        rules = (*left, rule("invalid", Drop(), StateMatch(("invalid",))))
         yield from _hang(terms, "mangle", "PREROUTING", INVALID, rules, programmed, "invalid")
     if terms.plan.inbound.mode == "tproxy":
         yield from _tproxy(terms, captured)
     if terms.plan.ipv6 == "block":
-        yield from _blocked(terms)
+        yield from blocked(terms)
     yield from _nat(terms, captured)
 
 
@@ -94,9 +95,10 @@ def _tproxy(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
     reroutes = (
         rule("interfaces.reroute", Return(), IfaceMatch("in", each.interface)) for each in plan.interfaces.reroute
     )
-    capture = decisions.inbound_capture(terms, TProxy(plan.proxy.inbound_port, mark.value, mark.mask))
+    port = plan.inbound.tproxy.port or plan.proxy.inbound_port
+    capture = decisions.inbound_capture(terms, TProxy(port, mark.value, mark.mask))
     inbound = (
-        *reroutes,
+        *(() if plan.inbound.tproxy.before_reroute else reroutes),
         *decisions.leave_interfaces(terms, "in"),
         rule(path, SetConnmark(mark.value, mark.mask), is_marked),
         rule("inbound.mode", Return(), FROM_LO),
@@ -114,7 +116,7 @@ def _tproxy(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
     yield from _hang(terms, "mangle", "OUTPUT", OUTBOUND, answers, families, "inbound", IS_TCP)
 
 
-def _blocked(terms: Terms) -> Iterator[Part]:
+def blocked(terms: Terms) -> Iterator[Part]:
     """IPv6 that would have been captured is dropped; what would have passed passes."""
     plan = terms.plan
     inbound = [*decisions.reroutes(terms, Drop())]

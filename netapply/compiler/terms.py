@@ -29,6 +29,7 @@ from netapply.ruleset import (
     Side,
     Statement,
 )
+from netapply.spans import collapse, merge
 
 #: The order in which every dialect can read a rule back: header fields first, then extensions.
 ORDER = (
@@ -69,6 +70,7 @@ class Terms:
     def __init__(self, plan: CapturePlan, dialect: Dialect) -> None:
         self.plan = plan
         self._dialect = dialect
+        self.native = dialect.families == "inet"
         self.sets: dict[str, NamedSet] = {}
 
     def addresses(self, side: Side, blocks: Everything | Iterable[Cidr], *, negate: bool = False) -> Iterator[Term]:
@@ -89,7 +91,7 @@ class Terms:
                     yield family, (AddressMatch(side, block, negate),)
 
     def _named_set(self, family: Family, blocks: tuple[Cidr, ...]) -> str:
-        elements = tuple(sorted(blocks))
+        elements = tuple(sorted(collapse(list(blocks))))  # an importer keeps the order and overlaps of its peer
         digest = hashlib.sha256(b"".join(b"%b/%d" % element for element in elements)).hexdigest()[:10]
         name = f"netapply-{4 if family == 'ip' else 6}-{digest}"
         self.sets[name] = NamedSet(name, family, elements)
@@ -100,7 +102,7 @@ class Terms:
         slots = self._dialect.port_slots or 2 * len(ranges)
         chunk: list[PortRange] = []
         used = 0
-        for item in ranges:
+        for item in merge(list(ranges)):
             cost = 1 if item.first == item.last else 2
             if chunk and used + cost > slots:
                 yield PortMatch(side, tuple(chunk))

@@ -1,0 +1,1 @@
+"""Peers' options → capture plans. Pure: what must be looked up is given as facts."""

@@ -1,0 +1,265 @@
+"""From the settings of istio-iptables to a capture plan that decides as the named version of Istio does. Pure."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, TypeAlias
+
+from netapply import plan as p
+from netapply.errors import Fault, PlanError
+from netapply.importers.istio_settings import IstioSettings
+from netapply.ruleset import Cidr, PortRange
+
+Version: TypeAlias = Literal["istio", "istio-1.11", "istio-1.4"]
+
+#: As ValidateOwnerGroups.
+MAX_GROUPS = 64
+SSH = PortRange(22, 22)
+LOOPBACK_6, ALL_4 = p.LOOPBACK[1], Cidr(bytes(4), 0)
+
+
+class Facts(NamedTuple):
+    """What Istio looks up: the namespace's addresses (packed, in the kernel's order), resolvers, users and groups."""
+
+    addresses: tuple[bytes, ...] = ()
+    servers: tuple[str, ...] = ()
+    users: Mapping[str, int] = {}
+    groups: Mapping[str, int] = {}
+
+
+def plan_from_settings(settings: IstioSettings, version: Version, facts: Facts) -> p.CapturePlan:
+    """The plan; lists keep their order, as rules do in Istio. Raises PlanError with all that Istio refuses."""
+    made = _Reading(settings, version, facts)
+    plan = made.plan()
+    if made.faults:
+        raise PlanError(tuple(made.faults))
+    return plan
+
+
+class _Reading:
+    """One reading of settings. Faults are collected."""
+
+    def __init__(self, settings: IstioSettings, version: Version, facts: Facts) -> None:
+        self.given, self.version, self.facts = settings, version, facts
+        self.faults: list[Fault] = []
+        self.tproxy = self._mode() == "tproxy"
+        self.oldest = version == "istio-1.4"
+
+    def plan(self) -> p.CapturePlan:
+        given = self.given
+        uids = self._numbers("proxy_uid", given.proxy_uid or str(self.facts.users.get(given.envoy_user, 1337)))
+        gids = self._numbers("proxy_gid", given.proxy_gid) if given.proxy_gid else uids
+        include = self._cidrs("istio_service_cidr")
+        exclude = self._cidrs("istio_service_exclude_cidr")
+        if isinstance(exclude, str):
+            self._refuse("istio_service_exclude_cidr", "*", "write a list of blocks")
+            exclude = ()
+        local = self._loopback()
+        dns = self._dns(gids)
+        everything = given.istio_inbound_ports == "*"
+        inner = self._port("inbound_capture_port")
+        outer = self._port("envoy_port")
+        proxy = p.Proxy(
+            uids, gids, 0 in (*uids, *gids), outer, outer if self.oldest and not everything else inner,
+            None if self.oldest else self._port("inbound_tunnel_port"), self._tunnel(), None, (local, LOOPBACK_6),
+        )  # fmt: skip
+        captures_lo = not self.oldest and self._names_loopback(include)
+        callers: Literal["proxy", "everyone"] | p.Owners = (
+            "everyone" if self.oldest else "proxy" if captures_lo else p.Owners(uids=_ids(uids[:1]))
+        )
+        return p.CapturePlan(
+            proxy._replace(self_calls=callers),
+            self._inbound(proxy, outer),
+            p.Outbound(
+                p.OutboundCidrs(include, exclude),
+                p.OutboundPorts(self._ports("istio_outbound_ports"), self._ports("istio_local_outbound_ports_exclude")),
+                self._owners(),
+                loopback="capture" if captures_lo else "bypass",
+                placement="last",
+            ),
+            self._interfaces(),
+            dns,
+            ipv6="capture" if self._ipv6() and not self.oldest else "skip",
+            invalid=("drop" if self.tproxy else "drop-all") if given.drop_invalid else "keep",
+        )
+
+    def _refuse(self, name: str, value: str, accepted: str) -> None:
+        self.faults.append(Fault("--" + name.replace("_", "-"), value or "nothing", accepted))
+
+    def _text(self, name: str) -> str:
+        return str(getattr(self.given, name))
+
+    def _list(self, name: str) -> list[str]:
+        return [word.strip() for word in self._text(name).split(",") if word.strip()]
+
+    def _mode(self) -> Literal["redirect", "tproxy"]:
+        mode = self.given.istio_inbound_interception_mode
+        return "tproxy" if mode == "TPROXY" else "redirect"  # Istio takes any other word for REDIRECT
+
+    def _port(self, name: str) -> int:
+        return self._ranges(name, [self._text(name)])[0].first
+
+    def _ports(self, name: str) -> tuple[PortRange, ...]:
+        return self._ranges(name, self._list(name))
+
+    def _ranges(self, name: str, words: list[str]) -> tuple[PortRange, ...]:
+        found: list[PortRange] = []
+        for word in words:
+            first, _, last = word.partition(":")
+            if re.fullmatch(r"[0-9]{1,5}(:[0-9]{1,5})?", word) and 0 < int(first) <= int(last or first) < 1 << 16:
+                found.append(PortRange(int(first), int(last or first)))
+            else:
+                self._refuse(name, word, "write a port of 1 to 65535")
+                found.append(PortRange(1, 1))
+        return tuple(found)
+
+    def _numbers(self, name: str, text: str) -> tuple[int, ...]:
+        """Uids or gids; as iptables does, names are looked up."""
+        names = self.facts.users if name == "proxy_uid" else self.facts.groups
+        found: list[int] = []
+        for word in filter(None, (each.strip() for each in text.split(","))):
+            number = int(word) if re.fullmatch("[0-9]{1,10}", word) else names.get(word, -1)
+            if 0 <= number < (1 << 32) - 1:
+                found.append(number)
+            else:
+                self._refuse(name, word, "write an id, or a name that exists here")
+        return tuple(found)
+
+    def _cidrs(self, name: str) -> p.Everything | tuple[Cidr, ...]:
+        if self._text(name) == "*":
+            return "*"
+        return tuple(block for word in self._list(name) if (block := self._cidr(name, word)))
+
+    def _cidr(self, name: str, word: str) -> Cidr | None:
+        """As netip.ParsePrefix: the length is required, host bits are allowed (iptables drops them)."""
+        host, _, length = word.partition("/")
+        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            packed = socket.inet_pton(kind, host)
+        except OSError:
+            packed = b""
+        bits = len(packed) * 8
+        if not packed or not re.fullmatch("[0-9]|[1-9][0-9]{1,2}", length) or int(length) > bits:
+            self._refuse(name, word, "write a block as 10.0.0.0/8")
+            return None
+        shift = bits - int(length)
+        return Cidr((int.from_bytes(packed) >> shift << shift).to_bytes(len(packed)), int(length))
+
+    def _names_loopback(self, include: p.Everything | tuple[Cidr, ...]) -> bool:
+        """Is an address of the list, as written, one of loopback?"""
+        hosts = [word.partition("/")[0] for word in self._list("istio_service_cidr")] if include != "*" else []
+        return any(host.startswith("127.") or _is_localhost_6(host) for host in hosts)
+
+    def _loopback(self) -> Cidr:
+        name = "istio_outbound_ipv4_loopback_cidr"
+        block = self._cidr(name, self._text(name))
+        if block is None or block.family != "ip" or block.packed[0] != 127 or block.prefix < 8:
+            self.faults.append(Fault(name.upper(), self._text(name), "write a block of 127.0.0.0/8"))
+            return p.LOOPBACK[0]
+        return block
+
+    def _tunnel(self) -> tuple[Literal["inbound", "self-calls"], ...]:
+        if self.oldest:
+            return ()
+        inbound: tuple[Literal["inbound"], ...] = () if self.tproxy else ("inbound",)
+        return (*inbound, "self-calls") if self.version == "istio" else inbound
+
+    def _inbound(self, proxy: p.Proxy, outer: int) -> p.Inbound:
+        given = self.given
+        everything = given.istio_inbound_ports == "*"
+        excluded = self._ports("istio_local_exclude_ports")
+        if self.version != "istio":
+            excluded = (SSH, *excluded)
+        ports = p.InboundPorts(
+            "*" if everything else self._ports("istio_inbound_ports"), excluded if everything else ()
+        )
+        settings = p.TProxyRouting(
+            p.Mark(self._number("istio_inbound_tproxy_mark")),
+            self._number("istio_inbound_tproxy_route_table"),
+            outer if self.oldest and outer != proxy.inbound_port else None,
+            () if self.oldest else ("inbound",),
+            before_reroute=True,
+        )
+        local = p.Destinations(proxy.loopback if self.tproxy else ())
+        return p.Inbound(self._mode(), ports, p.Sources(), local, settings, "last")
+
+    def _number(self, name: str) -> int:
+        text = self._text(name)
+        if re.fullmatch("0[xX][0-9a-fA-F]{1,8}|[0-9]{1,10}", text) and 0 < (number := int(text, 0)) < 1 << 32:
+            return number
+        self._refuse(name, text, "write a number of 1 to 4294967295")
+        return 1
+
+    def _owners(self) -> p.OwnerRules:
+        given = self.given
+        include, exclude = (
+            [word.strip() for word in text.split(",") if word.strip()]
+            for text in (given.istio_outbound_owner_groups, given.istio_outbound_owner_groups_exclude)
+        )
+        if include != ["*"] and exclude:
+            self._refuse("ISTIO_OUTBOUND_OWNER_GROUPS", ",".join(include), "write it or its _EXCLUDE, not both")
+        if max(len(include), len(exclude)) > MAX_GROUPS:
+            self._refuse("ISTIO_OUTBOUND_OWNER_GROUPS", f"{max(len(include), len(exclude))} groups", "write at most 64")
+        if include == ["*"] or not include:
+            return p.OwnerRules("*", p.Owners(gids=_ids(self._numbers("owner_groups", ",".join(exclude)))))
+        return p.OwnerRules(p.Owners(gids=_ids(self._numbers("owner_groups", ",".join(include)))))
+
+    def _interfaces(self) -> p.Interfaces:
+        reroute = tuple(p.Reroute(name, exclude=()) for name in self._list("kube_virt_interfaces"))
+        return p.Interfaces(tuple(self._list("istio_exclude_interfaces")), reroute)
+
+    def _dns(self, gids: tuple[int, ...]) -> p.Dns:
+        given = self.given
+        if not given.redirect_dns:
+            return p.Dns()
+        if self.oldest:
+            self._refuse("redirect_dns", "true", "leave it out: Istio 1.4 captures no DNS")
+            return p.Dns()
+        servers = tuple(
+            block
+            for text in self.facts.servers
+            if (block := self._cidr("resolv.conf", f"{text}/{128 if ':' in text else 32}"))
+        )
+        if self.version == "istio-1.11":
+            servers = (ALL_4,) if given.capture_all_dns else tuple(each for each in servers if each.family == "ip")
+        elif given.capture_all_dns:
+            return p.Dns("all", self_calls=p.Owners(gids=_ids(gids)))
+        if not servers:
+            return p.Dns()  # as Istio: a warning, and DNS is not captured
+        if self.version == "istio-1.11":
+            return p.Dns(
+                "servers",
+                servers,
+                udp_exempt="proxy",
+                self_calls=p.Owners(gids=_ids(gids)),
+            )
+        return p.Dns("servers", servers, self_calls=p.Owners(gids=_ids(gids)))
+
+    def _ipv6(self) -> bool:
+        """By the first address that is neither loopback nor link-local; with dual_stack by any of IPv6."""
+        global_ones = [packed for packed in self.facts.addresses if not _local(packed)]
+        if not global_ones:
+            self.faults.append(Fault("addresses", "none but loopback and link-local", "give the namespace an address"))
+            return False
+        return any(len(packed) == 16 for packed in (global_ones if self.given.dual_stack else global_ones[:1]))
+
+
+def _ids(numbers: tuple[int, ...]) -> tuple[p.IdRange, ...]:
+    return tuple(p.IdRange(number, number) for number in numbers)
+
+
+def _is_localhost_6(host: str) -> bool:
+    try:
+        return socket.inet_pton(socket.AF_INET6, host) == LOOPBACK_6.packed
+    except OSError:
+        return False
+
+
+def _local(packed: bytes) -> bool:
+    """Loopback, or link-local unicast or multicast."""
+    if len(packed) == 4:
+        return packed[0] == 127 or packed[:2] == b"\xa9\xfe" or packed[:3] == b"\xe0\0\0"
+    link_local = packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+    return packed == LOOPBACK_6.packed or link_local or (packed[0] == 0xFF and packed[1] & 0xF == 2)
