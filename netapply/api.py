@@ -16,6 +16,7 @@ from netapply import core
 from netapply.detection import detect
 from netapply.journal import Journal
 from netapply.namespace import Namespace
+from netapply.ownership import Adoption
 from netapply.plan import CapturePlan
 from netapply.results import Detection, Diff, Result, RuleCounter
 
@@ -80,6 +81,7 @@ class Capture:
         *,
         backend: str = "auto",
         layout: str = "netapply",
+        adopt: Adoption | None = None,
         fingerprint: str = "",
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Result:
@@ -89,6 +91,7 @@ class Capture:
             plan,
             backend=backend,
             layout=layout,
+            adopt=adopt,
             journal=self.journal,
             fingerprint=fingerprint,
             cancelled=cancelled,
@@ -102,13 +105,13 @@ class Capture:
         """See `netapply.core.verify`."""
         return core.verify(self.namespace, plan, backend=backend, layout=layout, journal=self.journal)
 
-    def clean(self, *, backend: str = "auto") -> Result:
+    def clean(self, *, backend: str = "auto", layout: str = "netapply", adopt: Adoption | None = None) -> Result:
         """See `netapply.core.clean`."""
-        return core.clean(self.namespace, backend=backend, journal=self.journal)
+        return core.clean(self.namespace, backend=backend, layout=layout, adopt=adopt, journal=self.journal)
 
-    def show(self, *, backend: str = "auto") -> tuple[RuleCounter, ...]:
+    def show(self, *, backend: str = "auto", layout: str = "netapply") -> tuple[RuleCounter, ...]:
         """See `netapply.core.show`."""
-        return core.show(self.namespace, backend=backend, journal=self.journal)
+        return core.show(self.namespace, backend=backend, layout=layout, journal=self.journal)
 
     def detect(self) -> Detection:
         """See `netapply.detection.detect`."""

@@ -49,18 +49,25 @@ class Dialect(NamedTuple):
     sets_from: int
 
 
+#: table family, table, built-in chain, rule
+Direct: TypeAlias = tuple[Family, str, str, Rule]
+
+
 class Owned(NamedTuple):
     """How ours is told from everybody else's, without a plan.
 
-    Chains whose names begin with `prefix`, and jumps to them, are ours in the iptables dialects; the inet table
-    `table` is in native nftables; sets whose names begin with `sets` are everywhere. `direct` are rules that a layout
-    puts straight into built-in chains: (table family, table, chain, rule), recognised by equality.
+    Chains whose names begin with one of `prefixes`, and jumps to them, are ours in the iptables dialects; the inet
+    table `table` is in native nftables; sets whose names begin with `sets` are everywhere. A rule that a layout puts
+    straight into a built-in chain bears a tag of the backend's that readers of the rules do not see.
+
+    `direct` are such rules that may have lost the tag (iptables-restore drops it) or never had it (another program
+    put them there): recognised by equality, each as often as it is named, in tables where chains of ours stand.
     """
 
-    prefix: str = "NETAPPLY_"
+    prefixes: tuple[str, ...] = ("NETAPPLY_",)
     table: str = "netapply"
     sets: str = "netapply-"
-    direct: tuple[tuple[str, str, str, Rule], ...] = ()
+    direct: tuple[Direct, ...] = ()
 
 
 OURS = Owned()

@@ -15,15 +15,16 @@ from functools import partial
 from typing import NamedTuple
 
 from netapply import routing
-from netapply.backend import OURS, Backend, find_backend
+from netapply.backend import Backend, Owned, find_backend
 from netapply.compiler import compile_plan, compile_routing
-from netapply.detection import PREFERENCE, UNSUPPORTED, choose, holding_ours, lacking, next_usable, probe
+from netapply.detection import PREFERENCE, UNSUPPORTED, Held, choose, holding_ours, lacking, next_usable, probe
 from netapply.differences import ruleset_changes
 from netapply.errors import ApplyError, JournalError, KernelError, NetapplyError, UnsupportedError
 from netapply.existing import existing_flows, treated_otherwise
 from netapply.features import degrade
 from netapply.journal import Entry, Files, Journal, State
 from netapply.namespace import Namespace
+from netapply.ownership import NOTHING, Adopted, Adoption, ownership
 from netapply.plan import CapturePlan
 from netapply.results import Change, Diff, Result, RuleCounter
 from netapply.ruleset import Routing, Ruleset
@@ -67,7 +68,7 @@ def _recover(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[st
     if entry is None or not entry.pending:
         return entry, ()
     try:
-        said = Transaction(namespace, find_backend(entry.backend), OURS, files).restore(entry)
+        said = Transaction(namespace, find_backend(entry.backend), _owned(entry), files).restore(entry)
     except NetapplyError as error:
         # Whoever comes next brings the namespace to a state of its own, from wherever it is.
         return entry, (f"an interrupted run could not be undone ({error})",)
@@ -90,6 +91,7 @@ def apply(
     *,
     backend: str = "auto",
     layout: str = "netapply",
+    adopt: Adoption | None = None,
     journal: Journal | None = None,
     fingerprint: str = "",
     count_flows: bool = True,
@@ -98,17 +100,19 @@ def apply(
     """Make the namespace hold `plan`: all of it, or, when anything fails, what was there before.
 
     `backend` is a name or "auto", which keeps to the dialect that holds our rules already. `fingerprint` names the
-    plan in the journal. `count_flows` counts open connections that would be treated otherwise. `cancelled` is asked
-    between steps. Raises NetapplyError:
-    ConflictError, UnsupportedError and LockError with nothing touched, ApplyError after a roll-back.
+    plan in the journal. `adopt` says what else is taken over where chains of the layout's names stand already: rules
+    and routing that another program left. `count_flows` counts open connections that would be treated otherwise.
+    `cancelled` is asked between steps. Raises NetapplyError: ConflictError, UnsupportedError and LockError with nothing
+    touched, ApplyError after a roll-back.
     """
     begun = time.perf_counter()
     refuse_waiting(plan)
     with _session(namespace, journal or Journal()) as session:
-        chosen, reason, unseen = choose(namespace, backend, also=_also(session.entry))
-        attempt = partial(
-            _attempt, namespace, session, plan, layout, fingerprint, count_flows=count_flows, cancelled=cancelled
-        )
+        owned = _owned(session.entry, layout)
+        chosen, reason, unseen = choose(namespace, backend, owned, _also(session.entry))
+        adopted = adopt() if adopt is not None and chosen.detect(namespace, owned) else NOTHING
+        fixed = (namespace, session, plan, layout, fingerprint, adopted)
+        attempt = partial(_attempt, *fixed, count_flows=count_flows, cancelled=cancelled)
         try:
             done = attempt(chosen, lacking(namespace, chosen, plan))
         except ApplyError as error:
@@ -123,6 +127,7 @@ def _attempt(
     plan: CapturePlan,
     layout: str,
     fingerprint: str,
+    adopted: Adopted,
     backend: Backend,
     missing: Mapping[str, str],
     *,
@@ -133,7 +138,9 @@ def _attempt(
     desired, effective, degraded = compiled(namespace, plan, backend, missing, layout)
     known = session.entry.created if session.entry else Routing()
     entry = Entry(True, backend.name, NOWHERE, desired, known, layout, fingerprint)
-    outcome = Transaction(namespace, backend, OURS, session.files, cancelled).run(entry, session.entry)
+    owned = _owned(session.entry, layout, desired.ruleset, adopted)
+    transaction = Transaction(namespace, backend, owned, session.files, cancelled, adopted.routing)
+    outcome = transaction.run(entry, session.entry)
     said = session.entry
     if not outcome.steps and session.files and (said is None or said.pending or said.fingerprint != fingerprint):
         session.files.settle(entry._replace(before=desired, created=outcome.created))
@@ -199,16 +206,30 @@ def refuse_waiting(plan: CapturePlan) -> None:
         )
 
 
-def clean(namespace: Namespace, *, backend: str = "auto", journal: Journal | None = None) -> Result:
-    """Remove all that is ours, in every dialect ("auto") or one, by ownership: without a plan, from any version."""
+def clean(
+    namespace: Namespace,
+    *,
+    backend: str = "auto",
+    layout: str = "netapply",
+    adopt: Adoption | None = None,
+    journal: Journal | None = None,
+) -> Result:
+    """Remove all that is ours, in every dialect ("auto") or one, by ownership: without a plan, from any version.
+
+    Of layout `layout` too, whoever put it there; and, with `adopt`, the rest of what another program left.
+    """
     begun = time.perf_counter()
     steps: tuple[str, ...] = ()
     with _session(namespace, journal or Journal()) as session:
-        held, unseen = holding_ours(namespace, also=_also(session.entry)) if backend == "auto" else ((backend,), ())
+        adopted = adopt() if adopt is not None else NOTHING
+        owned = _owned(session.entry, layout, adopted=adopted)
+        looked = holding_ours(namespace, owned, _also(session.entry)) if backend == "auto" else Held((backend,), ())
+        held, unseen = looked
         known = session.entry.created if session.entry else Routing()
         for name in held or PREFERENCE[:1]:
             entry = Entry(True, name, NOWHERE, NOWHERE, known)
-            outcome = Transaction(namespace, find_backend(name), OURS, session.files).run(entry)
+            transaction = Transaction(namespace, find_backend(name), owned, session.files, adopted=adopted.routing)
+            outcome = transaction.run(entry)
             steps += outcome.steps
             known = outcome.created
         if session.files:
@@ -227,9 +248,9 @@ def clean(namespace: Namespace, *, backend: str = "auto", journal: Journal | Non
 
 def diff(namespace: Namespace, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Diff:
     """What `apply` would change, rule by rule, against the live kernel. Changes nothing, and recovers nothing."""
-    chosen, reason, _ = choose(namespace, backend)
+    chosen, reason, _ = choose(namespace, backend, ownership(layout))
     desired, _, _ = compiled(namespace, plan, chosen, lacking(namespace, chosen, plan), layout)
-    return Diff(chosen.name, reason, _changes(namespace, chosen, desired))
+    return Diff(chosen.name, reason, _changes(namespace, chosen, ownership(layout, [desired.ruleset]), desired))
 
 
 def verify(
@@ -259,13 +280,14 @@ def verify(
             next_step="give the plan: netapply verify PLAN",
         )
     chosen = find_backend(entry.backend)
-    return Diff(chosen.name, "the last apply used it", _changes(namespace, chosen, entry.desired, entry.created))
+    changes = _changes(namespace, chosen, _owned(entry), entry.desired, entry.created)
+    return Diff(chosen.name, "the last apply used it", changes)
 
 
 def _changes(
-    namespace: Namespace, backend: Backend, desired: State, known: Routing | None = None
+    namespace: Namespace, backend: Backend, owned: Owned, desired: State, known: Routing | None = None
 ) -> tuple[Change, ...]:
-    changes = ruleset_changes(backend, backend.read(namespace).ruleset, desired.ruleset)
+    changes = ruleset_changes(backend, backend.read(namespace, owned).ruleset, desired.ruleset)
     standing = routing.read(namespace, desired.routing, known or Routing())
     steps = routing.plan(standing, desired.routing)
     return changes + tuple(
@@ -273,7 +295,9 @@ def _changes(
     )
 
 
-def show(namespace: Namespace, *, backend: str = "auto", journal: Journal | None = None) -> tuple[RuleCounter, ...]:
+def show(
+    namespace: Namespace, *, backend: str = "auto", layout: str = "netapply", journal: Journal | None = None
+) -> tuple[RuleCounter, ...]:
     """Our live rules with their counters, in the dialect that holds them; () when nothing of ours is there.
 
     The plan paths are those of the rules that the journal says were applied.
@@ -285,10 +309,11 @@ def show(namespace: Namespace, *, backend: str = "auto", journal: Journal | None
         for table, chain, _, rule in (applied or Ruleset()).walk()
     }
     found: list[RuleCounter] = []
-    held = holding_ours(namespace, also=_also(entry))[0] if backend == "auto" else (backend,)
+    owned = _owned(entry, layout)
+    held = holding_ours(namespace, owned, _also(entry))[0] if backend == "auto" else (backend,)
     for name in held:
         chosen = find_backend(name)
-        snapshot = chosen.read(namespace)
+        snapshot = chosen.read(namespace, owned)
         counters = snapshot.counters
         for table, chain, index, rule in (snapshot.ruleset or Ruleset()).walk():
             packets, size = counters.get((table.family, table.name, chain.name, index), (0, 0))
@@ -310,6 +335,14 @@ def _peek(namespace: Namespace, journal: Journal) -> Entry | None:
         return None
     finally:
         files.close()
+
+
+def _owned(
+    entry: Entry | None, layout: str = "netapply", desired: Ruleset | None = None, adopted: Adopted = NOTHING
+) -> Owned:
+    """What is ours in a namespace whose journal says `entry`."""
+    known = (entry.before.ruleset, entry.desired.ruleset) if entry else ()
+    return ownership(layout, (*known, desired), adopted)
 
 
 def _also(entry: Entry | None) -> tuple[str, ...]:

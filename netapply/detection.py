@@ -12,6 +12,9 @@ from netapply.kernel import Kernel
 from netapply.plan import CapturePlan
 from netapply.results import Candidate, Detection
 
+#: As the name of a backend: the dialect of iptables that is in use in the namespace.
+IPTABLES = "iptables"
+
 #: In this order when nothing of ours is there: native needs no xt module, no lock and nobody else's table.
 PREFERENCE = tuple(BUILT_IN)
 
@@ -93,9 +96,19 @@ def choose(
 
     Raises ConflictError when ours stands in another dialect, or in two.
     """
-    named = () if wanted in ("auto", *PREFERENCE, *also) else (find_backend(wanted).name,)
+    named = () if wanted in ("auto", IPTABLES, *PREFERENCE, *also) else (find_backend(wanted).name,)
     held = holding_ours(kernel, owned, also + named)
-    return (*pick(held.names, wanted), held.unseen)
+    if wanted == IPTABLES and not held.names:
+        return (*_iptables_in_use(kernel), held.unseen)
+    return (*pick(held.names, "auto" if wanted == IPTABLES else wanted), held.unseen)
+
+
+def _iptables_in_use(kernel: Kernel) -> tuple[Backend, str]:
+    """The dialect of iptables that somebody uses here. Unlike iptables-wrappers and Istio, looking leaves no trace."""
+    legacy, nft = (find_backend(name) for name in ("iptables-legacy", "iptables-nft"))
+    if legacy.probe(kernel).in_use and not nft.probe(kernel).in_use:
+        return legacy, "iptables-legacy alone holds rules here"
+    return nft, "no rules here are of iptables-legacy alone"
 
 
 def pick(held: tuple[str, ...], wanted: str) -> tuple[Backend, str]:

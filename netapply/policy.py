@@ -61,7 +61,9 @@ def change_rule(kernel: Kernel, operation: str, rule: PolicyRule, *, add: bool) 
     """Add or delete a rule. Raises KernelError: EEXIST, ENOENT where there is nothing to do."""
     verb = "add" if add else "del"
     fields = {"fwmark": rule.mark, "fwmask": rule.mask, "table": rule.table, "priority": rule.priority}
-    _with_iproute(kernel, operation, lambda ipr: ipr.rule(verb, family=_AF[rule.family], protocol=PROTOCOL, **fields))
+    if add:  # one that was taken over may be anybody's
+        fields["protocol"] = PROTOCOL
+    _with_iproute(kernel, operation, lambda ipr: ipr.rule(verb, family=_AF[rule.family], **fields))
 
 
 def change_route(kernel: Kernel, operation: str, route: LocalRoute, *, add: bool) -> None:
@@ -69,8 +71,10 @@ def change_route(kernel: Kernel, operation: str, route: LocalRoute, *, add: bool
     fields: dict[str, Any] = {"dst": "default", "type": "local", "oif": LOOPBACK_INDEX, "table": route.table}
     if route.family == "ip":
         fields["scope"] = _RT_SCOPE_HOST  # fib_frontend.c: a local route of a wider scope is EINVAL
+    if add:
+        fields["proto"] = PROTOCOL
     verb = "add" if add else "del"
-    _with_iproute(kernel, operation, lambda ipr: ipr.route(verb, family=_AF[route.family], proto=PROTOCOL, **fields))
+    _with_iproute(kernel, operation, lambda ipr: ipr.route(verb, family=_AF[route.family], **fields))
 
 
 def _with_iproute(kernel: Kernel, operation: str, work: Callable[[Any], T]) -> T:

@@ -29,6 +29,8 @@ RULE_PRIORITY = 13370
 RULE_PRIORITIES = 10
 
 _PRIORITIES = frozenset(range(RULE_PRIORITY, RULE_PRIORITY + RULE_PRIORITIES))
+#: net/ipv4/fib_rules.c: the rules that every namespace begins with. Of 0 rtnetlink tells nothing.
+_OF_THE_KERNEL = frozenset((0, 0x7FFE, 0x7FFF))
 _SWAP = str.maketrans("./", "/.")
 
 
@@ -84,42 +86,51 @@ class RoutingStep(NamedTuple):
         return RoutingStep(not self.add, self.item)
 
 
-def read(kernel: Kernel, wanted: Routing = NOTHING, record: Routing = NOTHING) -> Standing:
-    """What of `wanted`, of `record` and of ours stands. Changes nothing. Raises KernelError."""
-    rules, routes = _read_policy(kernel, wanted, record)
-    addresses = _read_addresses(kernel, wanted, record)
+def read(kernel: Kernel, wanted: Routing = NOTHING, record: Routing = NOTHING, adopted: Routing = NOTHING) -> Standing:
+    """What of `wanted`, of `record` and of ours stands. Changes nothing. Raises KernelError.
+
+    `adopted` counts as ours whoever put it up; a rule of priority 0 in it is one of any priority.
+    """
+    rules, routes = _read_policy(kernel, wanted, record, adopted)
+    addresses = _read_addresses(kernel, wanted, record, adopted)
     values = _read_sysctls(kernel, wanted, record)
-    own_rules = tuple(rule for rule, by in rules.items() if _is_ours(rule, by, record))
+    own_rules = tuple(rule for rule, by in rules.items() if _is_ours(rule, by, record, adopted))
     tables = {LocalRoute(rule.family, rule.table) for rule in own_rules} | set(record.routes)
+    own_routes = (r for r, by in routes.items() if r in adopted.routes or (by == PROTOCOL and r in tables))
+    known = {*record.addresses, *adopted.addresses}
     return Standing(
         Routing(tuple(rules), tuple(routes), tuple(addresses), values),
         Routing(
             own_rules,
-            tuple(route for route, by in routes.items() if by == PROTOCOL and route in tables),
-            tuple(one for one, by in addresses.items() if by == ADDRESS_PROTOCOL or one in record.addresses),
+            tuple(own_routes),
+            tuple(one for one, by in addresses.items() if by == ADDRESS_PROTOCOL or one in known),
             tuple(setting for setting in record.sysctls if setting.name in dict(values)),
         ),
     )
 
 
 def _read_policy(
-    kernel: Kernel, wanted: Routing, record: Routing
+    kernel: Kernel, wanted: Routing, record: Routing, adopted: Routing
 ) -> tuple[dict[PolicyRule, int], dict[LocalRoute, int]]:
     asked = {*wanted.rules, *record.rules}
     tables = {*wanted.routes, *record.routes}
-    if not asked and not tables and _PRIORITIES.isdisjoint(rule_priorities(kernel)):
-        return {}, {}
-    policy = read_policy(kernel, tables, lambda rule, by: _is_ours(rule, by, record))
-    rules = {rule: by for rule, by in policy.rules.items() if rule in asked or _is_ours(rule, by, record)}
+    if not asked and not tables:
+        there = rule_priorities(kernel)
+        if there <= _OF_THE_KERNEL if adopted.rules else _PRIORITIES.isdisjoint(there):
+            return {}, {}
+    tables |= {*adopted.routes}
+    policy = read_policy(kernel, tables, lambda rule, by: _is_ours(rule, by, record, adopted))
+    rules = {rule: by for rule, by in policy.rules.items() if rule in asked or _is_ours(rule, by, record, adopted)}
     return rules, policy.routes
 
 
-def _is_ours(rule: PolicyRule, by: int, record: Routing) -> bool:
-    return by == PROTOCOL and (rule.priority in _PRIORITIES or rule in record.rules)
+def _is_ours(rule: PolicyRule, by: int, record: Routing, adopted: Routing) -> bool:
+    known = by == PROTOCOL and (rule.priority in _PRIORITIES or rule in record.rules)
+    return known or rule._replace(priority=0) in adopted.rules
 
 
-def _read_addresses(kernel: Kernel, wanted: Routing, record: Routing) -> dict[LocalAddress, int]:
-    asked = {*wanted.addresses, *record.addresses}
+def _read_addresses(kernel: Kernel, wanted: Routing, record: Routing, adopted: Routing) -> dict[LocalAddress, int]:
+    asked = {*wanted.addresses, *record.addresses, *adopted.addresses}
     found = ((LocalAddress(packed), by) for packed, by in loopback_addresses(kernel))
     return {address: by for address, by in found if by == ADDRESS_PROTOCOL or address in asked}
 

@@ -52,11 +52,13 @@ class Transaction:
         owned: Owned,
         files: Files | None,
         cancelled: Callable[[], bool] = lambda: False,
+        adopted: Routing = routing.NOTHING,
     ) -> None:
         self._namespace = namespace
         self._backend = backend
         self._owned = owned
         self._files = files
+        self._adopted = adopted
         #: Asked before each step of the way forward; the way back is never cancelled.
         self._cancelled = cancelled
         self._step = "read what is there"
@@ -69,7 +71,7 @@ class Transaction:
         again after a roll-back. Raises ApplyError after a roll-back.
         """
         snapshot = self._backend.read(self._namespace, self._owned)
-        standing = routing.read(self._namespace, entry.desired.routing, entry.created)
+        standing = self._standing(entry.desired.routing, entry.created)
         wanted = routing.plan(standing, entry.desired.routing)
         if not wanted and not self._backend.encode(snapshot, entry.desired.ruleset):
             return Outcome((), standing.ours, entry.desired.ruleset)
@@ -97,7 +99,7 @@ class Transaction:
     def restore(self, entry: Entry) -> str:
         """Finish or undo an interrupted run, and say which. Raises NetapplyError if neither held."""
         if not self._differs(entry.desired, entry.created):
-            created = routing.read(self._namespace, entry.desired.routing, entry.created).ours
+            created = self._standing(entry.desired.routing, entry.created).ours
             self._settle(entry._replace(created=created))
             return "found finished"
         created = self._converge(entry.before, entry.created)
@@ -128,7 +130,7 @@ class Transaction:
     def _is_as_at(self, start: Start, known: Routing) -> bool:
         """Whether nothing has happened yet: then what is strange among ours can stay, too."""
         there = self._backend.read(self._namespace, self._owned)
-        standing = routing.read(self._namespace, start.before.routing, known)
+        standing = self._standing(start.before.routing, known)
         same = there.ruleset == start.snapshot.ruleset and standing.ours == start.standing.ours
         return same and not any(step.add for step in routing.plan(standing, start.before.routing))
 
@@ -139,12 +141,15 @@ class Transaction:
 
         `read` is what was just read, where somebody did.
         """
-        snapshot, standing = read or (None, routing.read(self._namespace, state.routing, record))
+        snapshot, standing = read or (None, self._standing(state.routing, record))
         steps = routing.plan(standing, state.routing)
         done = [step for step in steps if step.add and self._route(step)]
         self._rules(state, snapshot)
         done += [step for step in steps if not step.add and self._route(step)]
         return routing.remember(standing.ours, done)
+
+    def _standing(self, wanted: Routing, record: Routing) -> routing.Standing:
+        return routing.read(self._namespace, wanted, record, self._adopted)
 
     def _route(self, step: routing.RoutingStep) -> bool:
         return bool(self._do(step.name, partial(routing.commit, self._namespace, step)))
@@ -197,7 +202,7 @@ class Transaction:
     def _differs(self, state: State, record: Routing) -> str:
         """The first step from what is there to `state`; "" when it is there."""
         steps = self._backend.encode(self._backend.read(self._namespace, self._owned), state.ruleset)
-        rest = routing.plan(routing.read(self._namespace, state.routing, record), state.routing)
+        rest = routing.plan(self._standing(state.routing, record), state.routing)
         return next((step.name for step in (*steps, *rest)), "")
 
     def _settle(self, entry: Entry) -> None:

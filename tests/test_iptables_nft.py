@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from netapply.backend import OURS
 from netapply.errors import ConflictError, GenerationChanged, KernelError, UnsupportedError
 from netapply.namespace import Namespace
 from netapply.ruleset import (
@@ -207,20 +206,6 @@ def test_foreign_rules_after_ours_are_no_drift(netns: Netns, kernel: Namespace) 
     netns.run("iptables-nft", "-t", "nat", "-A", "OUTPUT", "-p", "icmp", "-j", "ACCEPT")
     assert BACKEND.read(kernel).ruleset == ruleset
     assert apply(kernel, ruleset) == []
-
-
-def test_direct_rules_are_recognised_by_equality(netns: Netns, kernel: Namespace) -> None:
-    direct = Rule((UDP, OwnerMatch("uid", 1337, 1337)), Return())
-    ruleset = Ruleset((Table("ip", "nat", (Chain("OUTPUT", (direct,), NAT_OUTPUT),)),))
-    owned = OURS._replace(direct=(("ip", "nat", "OUTPUT", direct),))
-    apply(kernel, ruleset)
-    assert BACKEND.read(kernel).ruleset is None
-    assert BACKEND.detect(kernel, owned)
-    snapshot = BACKEND.read(kernel, owned)
-    assert snapshot.ruleset == ruleset
-    for step in BACKEND.encode(snapshot, None):
-        BACKEND.commit(kernel, step)
-    assert listed(netns) == ""
 
 
 def test_stale_generation_is_told_apart_and_changes_nothing(netns: Netns, kernel: Namespace) -> None:

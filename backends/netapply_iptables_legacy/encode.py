@@ -131,7 +131,7 @@ class _Builder:
         if hook < 0:
             raise ConflictError(f"a chain {name} stands there that is not ours")
         pool = _Pool(part.head + part.rules)
-        head, rules = self._rules(wanted.head, pool), self._rules(wanted.rules, pool)
+        head, rules = self._rules(wanted.head, pool, tag=True), self._rules(wanted.rules, pool, tag=True)
         return _NewChain(name, hook, (*head, *foreign, *rules, policy))
 
     def _own(self, wanted: Chain, standing: Part | None) -> _NewChain:
@@ -141,9 +141,10 @@ class _Builder:
         end = _Numbered(plain_entry(self._family, RETURN), standing.policy[0] if standing else NEW)
         return _NewChain(wanted.name, -1, (*self._rules(wanted.head + wanted.rules, pool), end))
 
-    def _rules(self, rules: Sequence[Rule], pool: _Pool) -> Iterator[_Numbered]:
+    def _rules(self, rules: Sequence[Rule], pool: _Pool, *, tag: bool = False) -> Iterator[_Numbered]:
         for rule in rules:
             entry = encode_rule(rule, self._family, self._indices)
+            entry = entry.tagged(self._family) if tag else entry
             yield _Numbered(entry, pool.take(entry))
 
 

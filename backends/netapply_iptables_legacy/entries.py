@@ -23,6 +23,11 @@ NAME_SIZE = 28  # longest name of a chain: iptables stores it in 29 bytes
 NEXT = ""  # what an entry jumps to that has no target: the next one
 
 
+#: What `nfcache` of our rules in built-in chains says. The kernel keeps the field and never looks at it
+#: (linux/netfilter_ipv4/ip_tables.h), and libiptc neither prints nor compares it.
+TAG, NO_TAG = b"netA", bytes(4)
+
+
 class Layout(NamedTuple):
     """struct ipt_entry or ip6t_entry: where its parts are, in bytes. What the kernel writes is `volatile`..`size`."""
 
@@ -56,6 +61,15 @@ class Entry(NamedTuple):
     jump: str | None = None
     sets: tuple[tuple[int, str], ...] = ()
 
+    def tagged(self, family: Family) -> Entry:
+        """The same, known as ours in a built-in chain too."""
+        at = LAYOUT[family].ip_size
+        return self._replace(data=self.data[:at] + TAG + self.data[at + len(TAG) :])
+
+    def is_tagged(self, family: Family) -> bool:
+        """Whether it bears our tag."""
+        return self.data.startswith(TAG, LAYOUT[family].ip_size)
+
     @property
     def key(self) -> tuple[bytes, str | None]:
         """Equal for entries that do the same."""
@@ -88,7 +102,7 @@ def pack_entry(family: Family, ip: bytes, matches: bytes, target: bytes) -> byte
     layout = LAYOUT[family]
     at = layout.size + len(matches)
     offsets = _OFFSETS.pack(at, at + len(target))
-    return b"".join((ip, bytes(4), offsets, bytes(layout.size - layout.volatile), matches, target))
+    return b"".join((ip, NO_TAG, offsets, bytes(layout.size - layout.volatile), matches, target))
 
 
 def plain_entry(family: Family, verdict: int) -> Entry:

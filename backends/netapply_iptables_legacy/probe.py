@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from netapply.backend import Probe
 from netapply.errors import KernelError
 from netapply.ruleset import FAMILIES
+from netapply_iptables_legacy.entries import TAG
 from netapply_iptables_legacy.snapshot import ORDER, LegacySnapshot
 from netapply_iptables_legacy.sockopt import (
     SO_GET_REVISION_MATCH,
@@ -105,14 +106,15 @@ def _in_use(kernel: Kernel) -> bool:
 
 def detect(kernel: Kernel, owned: Owned) -> bool:
     """Whether anything of ours stands in a table. Looks for our names in the bytes before it takes them apart."""
-    if not owned.direct:
-        prefix = owned.prefix.encode()
-        if not any(
-            prefix in read_entries(kernel, family, name)[1]
-            for family in FAMILIES
-            for name in table_names(kernel, family)
-            if name in ORDER
-        ):
-            return False
+    marks = (TAG, *(prefix.encode() for prefix in owned.prefixes))
+    if not any(
+        mark in data
+        for family in FAMILIES
+        for name in table_names(kernel, family)
+        if name in ORDER
+        for data in (read_entries(kernel, family, name)[1],)
+        for mark in marks
+    ):
+        return False
     parts = LegacySnapshot.read(kernel, owned).parts.values()
     return any(part.ours or part.head or part.rules for table in parts for part in table)

@@ -12,6 +12,7 @@ from netapply.ruleset import FAMILIES, Base, Chain, Jump, Rule, Ruleset, Table
 from netapply_iptables_legacy.entries import ACCEPT, Block, Entry, entry_counters, entry_offsets, parse, plain_entry
 from netapply_iptables_legacy.rules import decode_rule, encode_rule, set_indices
 from netapply_iptables_legacy.sockopt import HOOKS, Info, read_entries, table_names
+from netapply_wire.claims import claim
 from netapply_wire.ipset import Listed, Standing, list_sets
 
 if TYPE_CHECKING:
@@ -94,26 +95,33 @@ class LegacySnapshot:
         return {key: self._tell_apart(table) for key, table in self.tables.items()}
 
     def _tell_apart(self, table: KernelTable) -> tuple[Part, ...]:
-        prefix = self.owned.prefix
+        prefixes, family = self.owned.prefixes, table.family
         found: list[Part] = []
         for block in table.blocks:
             numbered = tuple(enumerate(block.entries[:-1], block.first))
             if block.hook < 0:
-                ours = block.name.startswith(prefix)
+                ours = block.name.startswith(prefixes)
                 found.append(Part(block, ours, rules=numbered) if ours else Part(block, foreign=numbered))
                 continue
-            direct = self._direct(table, block.name)
-            mine = [bool(entry.jump and entry.jump.startswith(prefix)) or entry.key in direct for _, entry in numbered]
+            tagged = [
+                entry.is_tagged(family) or bool(entry.jump and entry.jump.startswith(prefixes)) for _, entry in numbered
+            ]
+            mine = claim(numbered, tagged, lambda each: each[1].tagged(family).key, self._lost(table, block.name))
             first = mine.index(False) if False in mine else len(mine)
             foreign = tuple(each for each, is_mine in zip(numbered, mine, strict=True) if not is_mine)
             rules = tuple(each for each, is_mine in zip(numbered[first:], mine[first:], strict=True) if is_mine)
             found.append(Part(block, head=numbered[:first], foreign=foreign, rules=rules))
         return tuple(found)
 
-    def _direct(self, table: KernelTable, chain: str) -> set[tuple[bytes, str | None]]:
-        place = (table.family, table.name, chain)
-        rules = [rule for *where, rule in self.owned.direct if tuple(where) == place]
-        return {encode_rule(rule, table.family, self.indices).key for rule in rules}
+    def _lost(self, table: KernelTable, chain: str) -> list[tuple[bytes, str | None]]:
+        """Rules of ours that may stand there untagged: where chains of ours do, in that table or in nat."""
+        family, prefixes = table.family, self.owned.prefixes
+        near = [table, *((nat,) if (nat := self.tables.get((family, "nat"))) else ())]
+        if not self.owned.direct or not any(b.name.startswith(prefixes) for each in near for b in each.blocks):
+            return []
+        place = [family, table.name, chain]
+        rules = [rule for *where, rule in self.owned.direct if where == place]
+        return [encode_rule(rule, family, self.indices).tagged(family).key for rule in rules]
 
     @cached_property
     def standing(self) -> Standing:

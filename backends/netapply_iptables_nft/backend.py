@@ -33,10 +33,8 @@ class IptablesNft:
         return probe_kernel(kernel)
 
     def detect(self, kernel: Kernel, owned: Owned = OURS) -> bool:
-        """Whether chains of ours stand here; where `owned` has direct rules, whether one of them does."""
-        if detect_chains(kernel, owned.prefix):
-            return True
-        return bool(owned.direct) and any(view.placed for view in self.read(kernel, owned).views.values())
+        """Whether chains of ours stand here."""
+        return detect_chains(kernel, owned.prefixes)
 
     def read(self, kernel: Kernel, owned: Owned = OURS) -> Snapshot:
         """The four tables of ip and ip6 as they are at one generation, and the sets of ours."""

@@ -60,6 +60,14 @@ def jump_target(expressions: bytes) -> str | None:
     return None
 
 
+def jump_to_ours(expressions: bytes, prefixes: tuple[str, ...]) -> str | None:
+    """The chain of such a name that a rule jumps to, if it does. Most rules are settled by a search, undecoded."""
+    if not any(prefix.encode() in expressions for prefix in prefixes):
+        return None
+    target = jump_target(expressions)
+    return target if target is not None and target.startswith(prefixes) else None
+
+
 def set_indices(expressions: bytes) -> list[int]:
     """The indices of the sets that a rule looks up by the match `set`, once for each use. Raises DecodeError."""
     if b"set\0" not in expressions:

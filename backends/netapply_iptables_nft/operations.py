@@ -9,6 +9,7 @@ from netapply_iptables_nft.builtin import HOOKS
 from netapply_iptables_nft.encode import SetReference, encode_rule
 from netapply_iptables_nft.tables import (
     AT_THE_END,
+    IN_FRONT,
     MADE_BY_US,
     NF_ACCEPT,
     NFTA_CHAIN_HOOK,
@@ -48,6 +49,7 @@ _ACCEPT = u32(NFTA_CHAIN_POLICY, NF_ACCEPT)
 _OUR_TABLE = attr(NFTA_TABLE_USERDATA, MADE_BY_US)
 _OUR_CHAIN = attr(NFTA_CHAIN_USERDATA, MADE_BY_US)
 _AT_THE_END = attr(NFTA_RULE_USERDATA, AT_THE_END)
+_IN_FRONT = attr(NFTA_RULE_USERDATA, IN_FRONT)
 
 
 class Change(NamedTuple):
@@ -102,13 +104,13 @@ class TableOperations:
         return self._change(NFT_MSG_DELRULE, 0, f"delete rule {self._where} {chain} handle {handle}", body)
 
     def append(self, chain: str, number: int, rule: Rule, *, at_the_end: bool = False) -> Change:
-        """`number` counts from 1 in our part of the chain; `at_the_end` marks a rule of a built-in chain."""
+        """`number` counts from 1 in our part of the chain; `at_the_end` tags a rule of a built-in chain."""
         label = f"add rule {self._where} {chain} #{number}"
         return self._rule(label, NLM_F_CREATE | NLM_F_APPEND, chain, rule, _AT_THE_END if at_the_end else b"")
 
     def insert(self, chain: str, number: int, rule: Rule) -> Change:
-        """Before all other rules of the chain."""
-        return self._rule(f"insert rule {self._where} {chain} #{number}", NLM_F_CREATE, chain, rule, b"")
+        """Before all other rules of a built-in chain."""
+        return self._rule(f"insert rule {self._where} {chain} #{number}", NLM_F_CREATE, chain, rule, _IN_FRONT)
 
     def _rule(self, label: str, flags: int, chain: str, rule: Rule, userdata: bytes) -> Change:
         where = self._rule_table + string(NFTA_RULE_CHAIN, chain)

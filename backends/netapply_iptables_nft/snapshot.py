@@ -12,8 +12,9 @@ from netapply.errors import DecodeError
 from netapply.ruleset import Chain, Jump, Rule, Ruleset, Table
 from netapply_iptables_nft.builtin import BUILT_IN, TABLES
 from netapply_iptables_nft.decode import SetNames, decode_rule
-from netapply_iptables_nft.dumped import counters_of, jump_target, set_indices, without_state
-from netapply_iptables_nft.tables import AT_THE_END, ChainState, RuleState, TableKey, TableState
+from netapply_iptables_nft.dumped import counters_of, jump_to_ours, set_indices, without_state
+from netapply_iptables_nft.tables import AT_THE_END, IN_FRONT, ChainState, RuleState, TableKey, TableState
+from netapply_wire.claims import claim
 from netapply_wire.ipset import Listed, Standing
 
 
@@ -23,6 +24,7 @@ class OurRule(NamedTuple):
     handle: int
     rule: Rule | None
     expressions: bytes
+    tag: bytes
 
 
 Rules: TypeAlias = tuple[OurRule, ...]
@@ -108,7 +110,7 @@ def _all_rules(view: View) -> Iterator[tuple[str, Rules]]:
 
 
 def _tell_apart(snapshot: Snapshot, key: TableKey) -> View:
-    state, prefix = snapshot.tables[key], snapshot.owned.prefix
+    state, prefixes = snapshot.tables[key], snapshot.owned.prefixes
     own: dict[str, Rules] = {}
     placed: dict[str, Placed] = {}
     foreign: dict[str, tuple[RuleState, ...]] = {}
@@ -117,7 +119,7 @@ def _tell_apart(snapshot: Snapshot, key: TableKey) -> View:
         chain = state.chains[name]
         if name in built_in:
             placed[name], foreign[name] = _tell_rules_apart(snapshot, key, chain)
-        elif name.startswith(prefix) and chain.base is None:
+        elif name.startswith(prefixes) and chain.base is None:
             own[name] = tuple(_our_rule(snapshot, key, rule) for rule in chain.rules)
         else:
             foreign[name] = chain.rules
@@ -125,23 +127,35 @@ def _tell_apart(snapshot: Snapshot, key: TableKey) -> View:
 
 
 def _tell_rules_apart(snapshot: Snapshot, key: TableKey, chain: ChainState) -> tuple[Placed, tuple[RuleState, ...]]:
-    owned = snapshot.owned
-    prefix = owned.prefix.encode()
-    direct = [rule for *where, rule in owned.direct if tuple(where) == (*key, chain.name)]
+    lost = _lost(snapshot, key, chain.name)
+    tagged = [_is_tagged(each, snapshot.owned) for each in chain.rules]
+    mine = claim(chain.rules, tagged, lambda each: _our_rule(snapshot, key, each).rule, lost)
     head: list[OurRule] = []
     rules: list[OurRule] = []
     foreign: list[RuleState] = []
-    for each in chain.rules:
-        # Most foreign rules are settled by a search for the prefix, undecoded.
-        jumps = prefix in each.expressions and (jump_target(each.expressions) or "").startswith(owned.prefix)
-        found = _our_rule(snapshot, key, each) if jumps or direct else None
-        if found is None or not (jumps or found.rule in direct):
+    for each, is_mine in zip(chain.rules, mine, strict=True):
+        if not is_mine:
             foreign.append(each)
         elif foreign or rules or each.userdata == AT_THE_END:
-            rules.append(found)
+            rules.append(_our_rule(snapshot, key, each))
         else:
-            head.append(found)
+            head.append(_our_rule(snapshot, key, each))
     return Placed(tuple(head), tuple(rules)), tuple(foreign)
+
+
+def _is_tagged(rule: RuleState, owned: Owned) -> bool:
+    return rule.userdata in (IN_FRONT, AT_THE_END) or jump_to_ours(rule.expressions, owned.prefixes) is not None
+
+
+def _lost(snapshot: Snapshot, key: TableKey, chain: str) -> list[Rule]:
+    """Rules of ours that may stand there untagged: where chains of ours do, in that table or in nat."""
+    family, table = key
+    prefixes = snapshot.owned.prefixes
+    places: tuple[TableKey, ...] = (key, (family, "nat"))
+    near = [state for place in places if (state := snapshot.tables.get(place))]
+    if not snapshot.owned.direct or not any(name.startswith(prefixes) for state in near for name in state.chains):
+        return []
+    return [rule for *where, rule in snapshot.owned.direct if where == [family, table, chain]]
 
 
 def _our_rule(snapshot: Snapshot, key: TableKey, state: RuleState) -> OurRule:
@@ -149,7 +163,7 @@ def _our_rule(snapshot: Snapshot, key: TableKey, state: RuleState) -> OurRule:
         rule = decode_rule(without_state(state.expressions), key[0], snapshot.names)
     except DecodeError:
         rule = None
-    return OurRule(state.handle, rule, state.expressions)
+    return OurRule(state.handle, rule, state.expressions, state.userdata)
 
 
 def _chains(key: TableKey, view: View) -> Iterator[Chain]:

@@ -44,9 +44,9 @@ NF_ACCEPT = 1
 #: Kernels before 5.10 drop it, and clean then leaves the empty tables behind, as iptables-nft itself does.
 MADE_BY_US = b"\0\x09netapply\0"
 
-#: Userdata of a rule of `Chain.rules` in a built-in chain, without which it could not be told from one of `Chain.head`
-#: while no foreign rule stands between them. The type is one that neither iptables nor nft knows, so both skip it.
-AT_THE_END = b"\x6e\x01\0"
+#: Userdata of our rules in built-in chains, of `Chain.head` and of `Chain.rules`: by it they are known as ours, and
+#: told apart while no foreign rule stands between them. The type is one that neither iptables nor nft knows.
+IN_FRONT, AT_THE_END = b"\x6e\x01\1", b"\x6e\x01\0"
 
 TableKey: TypeAlias = tuple[Family, str]
 
@@ -106,10 +106,10 @@ def read_tables(kernel: Kernel) -> dict[TableKey, TableState]:
     return tables
 
 
-def detect_chains(kernel: Kernel, prefix: str) -> bool:
-    """Whether a chain whose name begins with `prefix` stands in one of the tables. Raises KernelError."""
+def detect_chains(kernel: Kernel, prefixes: tuple[str, ...]) -> bool:
+    """Whether a chain whose name begins with one of `prefixes` stands in one of the tables. Raises KernelError."""
     return any(
-        text(each.attributes[NFTA_CHAIN_NAME]).startswith(prefix)
+        text(each.attributes[NFTA_CHAIN_NAME]).startswith(prefixes)
         for family in FAMILIES
         for each in dump(kernel, NFT_MSG_GETCHAIN, NFPROTO[family])
         if text(each.attributes[NFTA_CHAIN_TABLE]) in BUILT_IN

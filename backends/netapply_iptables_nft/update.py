@@ -12,11 +12,11 @@ from typing import NamedTuple, TypeAlias
 from netapply.errors import ConflictError, UnsupportedError
 from netapply.ruleset import FAMILIES, Chain, Family, Rule, Ruleset, Table
 from netapply_iptables_nft.builtin import BUILT_IN, HOOKS, TABLES
-from netapply_iptables_nft.dumped import jump_target
+from netapply_iptables_nft.dumped import jump_to_ours
 from netapply_iptables_nft.encode import encode_rule
 from netapply_iptables_nft.operations import Change, TableOperations
 from netapply_iptables_nft.snapshot import Placed, Rules, Snapshot, View
-from netapply_iptables_nft.tables import Hooked, TableKey, TableState
+from netapply_iptables_nft.tables import AT_THE_END, IN_FRONT, Hooked, TableKey, TableState
 from netapply_wire.ipset import CreateSet, DestroySet
 
 
@@ -69,7 +69,7 @@ class _Update:
     def __init__(self, current: Snapshot, key: TableKey, table: Table | None) -> None:
         chains = table.chains if table else ()
         self._key = key
-        self._prefix = current.owned.prefix
+        self._prefixes = current.owned.prefixes
         self._exists = key in current.tables
         self._view = current.views.get(key, _ABSENT)
         self._own: Mapping[str, Chain] = {each.name: each for each in chains if each.base is None}
@@ -123,7 +123,8 @@ class _Update:
 
     def _is_right(self, name: str) -> bool:
         placed, wanted = self._view.placed.get(name, Placed((), ())), self._placed.get(name, Chain(name))
-        return self._same(placed.head, wanted.head) and self._same(placed.rules, wanted.rules)
+        tagged = all(rule.tag == IN_FRONT for rule in placed.head) and all(r.tag == AT_THE_END for r in placed.rules)
+        return tagged and self._same(placed.head, wanted.head) and self._same(placed.rules, wanted.rules)
 
     def _same(self, standing: Rules, wanted: tuple[Rule, ...]) -> bool:
         """Whether the rules mean the same: what is encoded alike is alike, as cgroups are by their path alone."""
@@ -162,8 +163,8 @@ class _Update:
             if name in BUILT_IN[self._key[1]]:
                 continue
             for rule in rules:
-                target = jump_target(rule.expressions) if self._prefix.encode() in rule.expressions else None
-                if target is not None and target.startswith(self._prefix):
+                target = jump_to_ours(rule.expressions, self._prefixes)
+                if target is not None:
                     raise ConflictError(
                         f"rule handle {rule.handle} of chain {where} {name} jumps to {target}",
                         next_step="delete that rule: chains of netapply are not to be used by others",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 from netapply.backend import Dialect
 from netapply.compiler import istio_layout, netapply_layout
@@ -23,11 +24,19 @@ from netapply.ruleset import FAMILIES, Family, LocalAddress, LocalRoute, PolicyR
 #: Preference of our policy rules: before the main table (32766), and the sign by which they are known as ours.
 RULE_PRIORITY = 13370
 
-LAYOUTS: Mapping[str, Callable[[Terms], Iterator[Part]]] = {
-    "netapply": netapply_layout.parts,
-    "istio": istio_layout.parts,
-    "istio-1.11": istio_layout.parts_1_11,
-    "istio-1.4": istio_layout.parts_1_4,
+
+class Layout(NamedTuple):
+    """An arrangement of the decisions. Names of its chains begin with `prefix` in the iptables dialects."""
+
+    parts: Callable[[Terms], Iterator[Part]]
+    prefix: str
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "netapply": Layout(netapply_layout.parts, "NETAPPLY_"),
+    "istio": Layout(istio_layout.parts, "ISTIO_"),
+    "istio-1.11": Layout(istio_layout.parts_1_11, "ISTIO_"),
+    "istio-1.4": Layout(istio_layout.parts_1_4, "ISTIO_"),
 }
 
 
@@ -40,7 +49,7 @@ def compile_plan(plan: CapturePlan, dialect: Dialect, layout: str = "netapply") 
     if layout not in LAYOUTS:
         raise UnsupportedError(f"no layout is called {layout!r}; there are {', '.join(LAYOUTS)}")
     terms = Terms(plan, dialect)
-    parts = tuple(_commented(plan, LAYOUTS[layout](terms)))
+    parts = tuple(_commented(plan, LAYOUTS[layout].parts(terms)))
     return assemble(parts, terms.sets.values(), dialect)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from difflib import SequenceMatcher
 
-from netapply.backend import Backend, find_backend
+from netapply.backend import OURS, Backend, Owned, find_backend
 from netapply.errors import UnsupportedError
 from netapply.kernel import Kernel
 from netapply.reader.library import Blocks, list_commands
@@ -26,7 +26,7 @@ def list_ruleset(namespace: Kernel, *, as_json: bool) -> str:
     return list_commands(namespace, "list ruleset", as_json=as_json)[0]
 
 
-def deep_changes(namespace: Kernel, backend_name: str) -> tuple[Change, ...]:
+def deep_changes(namespace: Kernel, backend_name: str, owned: Owned = OURS) -> tuple[Change, ...]:
     """Where libnftables reads something else of ours than we do; () where both agree.
 
     "add" is what our decoder reads and libnftables does not, "remove" what only libnftables reads. Raises
@@ -38,7 +38,7 @@ def deep_changes(namespace: Kernel, backend_name: str) -> tuple[Change, ...]:
             f"libnftables cannot see the rules of {backend_name}",
             next_step="verify without --deep; iptables-legacy-save is a reader of iptables-legacy that is not ours",
         )
-    return tuple(_changes(*compare(find_backend(backend_name), namespace)))
+    return tuple(_changes(*compare(find_backend(backend_name), namespace, owned)))
 
 
 def _changes(ours: Blocks, theirs: Blocks) -> Iterator[Change]:
@@ -52,7 +52,7 @@ def _changes(ours: Blocks, theirs: Blocks) -> Iterator[Change]:
                 yield from (Change("add", f"libnftables: {where}", line) for line in new[c:d])
 
 
-_COMPARED: Mapping[str, Callable[[Backend, Kernel], tuple[Blocks, Blocks]]] = {
+_COMPARED: Mapping[str, Callable[[Backend, Kernel, Owned], tuple[Blocks, Blocks]]] = {
     "nftables": compare_text,
     "iptables-nft": compare_rules,
 }

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias, TypeVar, cast
 
-from netapply.backend import Backend
+from netapply.backend import Backend, Owned
 from netapply.errors import ConflictError, KernelError, NetapplyError, UnsupportedError
 from netapply.kernel import NETLINK_NETFILTER, Kernel
 from netapply.ruleset import Ruleset
@@ -72,12 +72,12 @@ def _run(context: _Context, command: str) -> str:
     return output.decode(errors="replace")
 
 
-def read_both(backend: Backend, namespace: Kernel, look: Callable[[], T]) -> tuple[Ruleset, T]:
+def read_both(backend: Backend, namespace: Kernel, owned: Owned, look: Callable[[], T]) -> tuple[Ruleset, T]:
     """Ours as the backend decodes it, and as `look` sees it, at a time when nobody changes it."""
-    before = backend.read(namespace).ruleset
+    before = backend.read(namespace, owned).ruleset
     for _ in range(_TRIES):
         seen = look()
-        after = backend.read(namespace).ruleset
+        after = backend.read(namespace, owned).ruleset
         if after == before:
             return after or Ruleset(), seen
         before = after

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from netapply.backend import OURS, Backend
+from netapply.backend import OURS, Backend, Owned
 from netapply.kernel import Kernel
 from netapply.lookups import cgroup_id
 from netapply.reader.library import Blocks, list_commands, read_both
@@ -16,9 +16,9 @@ _UNNAMED_PROTOCOL = re.compile(r"\bl4proto (6|17)\b")
 _CGROUP = re.compile(r'(socket cgroupv2 level \d+ (?:!= )?)"([^"]*)"')
 
 
-def compare_text(backend: Backend, namespace: Kernel) -> tuple[Blocks, Blocks]:
+def compare_text(backend: Backend, namespace: Kernel, owned: Owned) -> tuple[Blocks, Blocks]:
     ruleset, text = read_both(
-        backend, namespace, lambda: list_commands(namespace, "list ruleset inet", as_json=False)[0]
+        backend, namespace, owned, lambda: list_commands(namespace, "list ruleset inet", as_json=False)[0]
     )
     cgroups = {match.path: match.id for *_, rule in ruleset.walk() for match in rule.matches if match.kind == "cgroup"}
     ours = _blocks(backend.render(ruleset), lambda path: cgroups.get(path, 0))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, assert_never
 
-from netapply.backend import OURS, Backend
+from netapply.backend import Backend, Owned
 from netapply.errors import UnsupportedError
 from netapply.kernel import Kernel
 from netapply.reader.library import Blocks, list_commands, read_both
@@ -51,21 +51,26 @@ _PORT_PROTOCOLS = {6: "tcp", 17: "udp"}
 _EVERY_BIT = 0xFFFFFFFF
 
 
-def compare_rules(backend: Backend, namespace: Kernel) -> tuple[Blocks, Blocks]:
+def compare_rules(backend: Backend, namespace: Kernel, owned: Owned) -> tuple[Blocks, Blocks]:
+    """Rules that stand straight in built-in chains are left out: libnftables does not tell whose they are."""
     commands = [f"list ruleset {family}" for family in FAMILIES]
     ruleset, listed = read_both(
-        backend, namespace, lambda: list_commands(namespace, *commands, as_json=True, numeric=True)
+        backend, namespace, owned, lambda: list_commands(namespace, *commands, as_json=True, numeric=True)
     )
     theirs: dict[str, list[str]] = {}
     for text in listed:
-        theirs.update(_described(text))
+        theirs.update(_described(text, owned.prefixes))
     ours: dict[str, list[str]] = {}
     for table in ruleset.tables:
         family: Family = "ip6" if table.family == "ip6" else "ip"
         for chain in table.chains:
             where = f"{family} {table.name} {chain.name}"
             there = theirs.get(where, [])[1:]
-            ours[where] = [_head(chain.base), *expected_lines(chain.head + chain.rules, family, there)]
+            rules = chain.head + chain.rules
+            if chain.base:
+                rules = tuple(rule for rule in rules if rule.statement.kind == "jump")
+            if rules or not chain.base:
+                ours[where] = [_head(chain.base), *expected_lines(rules, family, there)]
     return ours, theirs
 
 
@@ -150,7 +155,7 @@ def _statement_word(statement: Statement) -> str:
             assert_never(statement)
 
 
-def _described(text: str) -> dict[str, list[str]]:
+def _described(text: str, prefixes: tuple[str, ...]) -> dict[str, list[str]]:
     """Our chains in nft's JSON of a family, and our rules in built-in ones, a line each; see libnftables-json(5)."""
     try:
         items: list[Any] = json.loads(text)["nftables"]
@@ -166,11 +171,11 @@ def _described(text: str) -> dict[str, list[str]]:
             where = f"{chain['family']} {chain['table']} {chain['name']}"
             if "hook" in chain:
                 built_in[where] = f"type {chain['type']} hook {chain['hook']} priority {chain['prio']}"
-            elif chain["name"].startswith(OURS.prefix):
+            elif chain["name"].startswith(prefixes):
                 found[where] = ["chain"]
         elif rule and rule["table"] in _TABLES:
             where = f"{rule['family']} {rule['table']} {rule['chain']}"
-            if where in built_in and _target(rule["expr"]).startswith(OURS.prefix):
+            if where in built_in and _target(rule["expr"]).startswith(prefixes):
                 found.setdefault(where, [built_in[where]])
             elif where in built_in or where not in found:
                 continue
