@@ -395,19 +395,19 @@ def test_a_test_for_any_address_is_refused(everything: Cidr) -> None:
     assert decode_rule(encode_rule(never, everything.family, {}), everything.family, {}) == never
 
 
-def test_direct_rules_are_known_by_equality(netns: Netns, kernel: Namespace) -> None:
-    """A rule straight in a built-in chain is ours only where the state says so."""
+def test_direct_rules_are_known_by_their_tag(netns: Netns, kernel: Namespace) -> None:
+    """A rule straight in a built-in chain is ours where we put it there, and a foreign one of the same words is not."""
     rule = Rule((TCP, PortMatch("dst", (PortRange(80, 80),))), Redirect(15001))
     desired = Ruleset((Table("ip", "nat", (Chain("OUTPUT", base=Base("nat", "output", -100), head=(rule,)),)),))
-    owned = Owned(direct=(("ip", "nat", "OUTPUT", rule),))
+    spelled = ("-p", "tcp", "-m", "tcp", "--dport", "80", "-j", "REDIRECT", "--to-ports", "15001")
     netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-j", "RETURN")
+    netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", *spelled)
     before = saved(netns)
-    apply(kernel, desired, owned)
-    assert BACKEND.read(kernel, owned).ruleset == desired
-    assert BACKEND.detect(kernel, owned)
     assert BACKEND.read(kernel).ruleset is None
-    assert not BACKEND.detect(kernel)
-    apply(kernel, None, owned)
+    apply(kernel, desired)
+    assert BACKEND.read(kernel).ruleset == desired
+    assert BACKEND.detect(kernel)
+    apply(kernel, None)
     assert saved(netns) == before
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from netapply import core, reader
-from netapply.backend import find_backend
+from netapply.backend import OURS, Owned, find_backend
 from netapply.cli import main
 from netapply.errors import ConflictError, KernelError, NetapplyError, UnsupportedError
 from netapply.journal import Journal
@@ -261,8 +261,8 @@ class Wrong:
         self.real = find_backend(name)
         self.render = self.real.render
 
-    def read(self, kernel: Kernel) -> Wrong:
-        found = self.real.read(kernel).ruleset
+    def read(self, kernel: Kernel, owned: Owned = OURS) -> Wrong:
+        found = self.real.read(kernel, owned).ruleset
         assert found is not None
         sets = tuple(each._replace(elements=each.elements[:-1]) for each in found.sets)
         self.ruleset = Ruleset(tuple(map(_with_wrong_owners, found.tables)), sets)
