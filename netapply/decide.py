@@ -53,7 +53,7 @@ def _outbound(plan: CapturePlan, flow: Flow) -> Decision:
         return Decision("bypass", path="outbound.exclude_for_owners")
     if lo and _address(flow.source, proxy.passthrough_sources):
         return Decision("bypass", path="proxy.passthrough_sources")
-    if "outbound" in plan.inbound.tproxy.exempt and _tproxied(plan, flow):
+    if _tproxied(plan, flow):
         return Decision("bypass", path="inbound.tproxy.mark")
     if _address(flow.destination, proxy.probe_sources):
         return Decision("bypass", path="proxy.probe_sources")
@@ -108,7 +108,7 @@ def _inbound(plan: CapturePlan, flow: Flow) -> Decision:
         return Decision("bypass", path="interfaces.exclude")
     if inbound.mode == "none" or not tcp or flow.iface == "lo":
         return Decision("bypass", path="inbound.mode")
-    if "inbound" in inbound.tproxy.exempt and _tproxied(plan, flow):
+    if _tproxied(plan, flow):
         return Decision("bypass", path="inbound.tproxy.mark")
     if _address(flow.source, proxy.probe_sources):
         return Decision("bypass", path="proxy.probe_sources")

@@ -98,8 +98,6 @@ class TProxyRouting(NamedTuple):
     table: int = 133
     #: The proxy's transparent port; None means `proxy.inbound_port`.
     port: int | None = None
-    #: The directions in which a new connection with the mark is left alone.
-    exempt: tuple[Literal["inbound", "outbound"], ...] = ("inbound", "outbound")
     #: TPROXY takes what it captures before `interfaces.reroute` looks at it.
     before_reroute: bool = False
 

@@ -172,10 +172,6 @@ INBOUND = group(
                 none_or(kinds.PORT, "write a port, or none"),
                 "The proxy's transparent port; proxy.inbound_port when none.",
             ),
-            exempt=Field(
-                Values(Choice(("inbound", "outbound")), kinds.sorted_once),
-                "Directions in which a new connection with the mark is left alone.",
-            ),
             before_reroute=Field(Flag(), "Whether TPROXY is decided before interfaces.reroute."),
         ),
         "What mode tproxy needs.",

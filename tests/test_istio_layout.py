@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from netapply.backend import Dialect
 from netapply.compiler import compile_plan
 from netapply.decide import decide
-from netapply.errors import PlanError, UnsupportedError
+from netapply.errors import UnsupportedError
 from netapply.evaluate import evaluate
 from netapply.flow import Flow
 from netapply.importers.istio import Facts, Version, plan_from_settings
@@ -22,7 +22,7 @@ from netapply.importers.istio_settings import IstioSettings, parse_settings
 from netapply.plan import CapturePlan
 from netapply.ruleset import Ruleset
 from netapply_wire.iptables_save import save_table
-from tests.strategies import ADDRESSES_4, ADDRESSES_6, flows
+from tests.strategies import flows
 
 CORPUS = json.loads((Path(__file__).parent / "data" / "istio.json").read_text())
 SPLIT, INET = Dialect("split", 15, 0), Dialect("inet", 0, 2)
@@ -116,6 +116,9 @@ def test_walking_the_rules_gives_what_the_imported_plan_decides(
     plan = data.draw(imported(version))
     # Istio's TPROXY rule takes packets in state INVALID too, of which no connection comes.
     assume(plan.inbound.mode != "tproxy" or flow.state != "invalid")
+    # There a call to oneself is marked, and taken by TPROXY when it comes in over lo; and the proxy's marked
+    # connections to the application come back to it, unless it runs as root. Packets show both, one hook does not.
+    assume(plan.inbound.mode != "tproxy" or dialect is INET or not (flow.iface == "lo" or flow.mark))
     trace, wanted = evaluate(compile_plan(plan, dialect, version), flow), decide(plan, flow)
     if dialect is SPLIT:
         # Istio tracks every query but the proxy's own as captured. Zones are no part of what becomes of a flow.
@@ -127,36 +130,3 @@ def test_walking_the_rules_gives_what_the_imported_plan_decides(
 def test_a_plan_that_istio_cannot_say_is_refused_with_the_fields(version: Version) -> None:
     with pytest.raises(UnsupportedError, match=r"inbound\.placement"):
         compile_plan(CapturePlan(), SPLIT, version)
-
-
-def test_a_flag_beats_the_environment_in_all_its_forms() -> None:
-    env = {"ENVOY_PORT": "1", "PROXY_UID": "2", "INVALID_DROP": "true", "DRY_RUN": ""}
-    read = parse_settings(["--envoy-port=3", "-b*", "-d", "", "--redirect-dns", "-n=false"], env)
-    expected = IstioSettings("3", proxy_uid="2", istio_inbound_ports="*", redirect_dns=True, drop_invalid=True)
-    assert read == expected
-
-
-def test_every_fault_of_the_command_line_is_named() -> None:
-    with pytest.raises(PlanError) as raised:
-        parse_settings(["--no-such-flag", "stray", "--dry-run=maybe", "-p"], {})
-    assert {fault.value for fault in raised.value.faults} == {"--no-such-flag", "stray", "maybe", "nothing"}
-
-
-def test_what_istio_refuses_is_refused_together() -> None:
-    bad = IstioSettings(
-        envoy_port="99999",
-        istio_service_cidr="10.0.0.0",
-        istio_service_exclude_cidr="*",
-        istio_outbound_ipv4_loopback_cidr="10.0.0.0/8",
-        istio_outbound_owner_groups="1",
-        istio_outbound_owner_groups_exclude="nobody-here",
-    )
-    with pytest.raises(PlanError) as raised:
-        plan_from_settings(bad, "istio", Facts())
-    assert len(raised.value.faults) == 6
-
-
-def test_ipv6_is_decided_by_the_first_address_that_is_not_local() -> None:
-    both = Facts((ADDRESSES_4[0], packed("fe80::1"), ADDRESSES_4[2], ADDRESSES_6[2]))
-    assert plan_from_settings(IstioSettings(), "istio", both).ipv6 == "skip"
-    assert plan_from_settings(IstioSettings(dual_stack=True), "istio", both).ipv6 == "capture"

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Term, Terms, rule
 from netapply.decide import DNS_PORT
-from netapply.flow import Direction
 from netapply.plan import Everything
 from netapply.ruleset import (
     Cidr,
@@ -62,15 +61,15 @@ def exempt(terms: Terms, statement: Statement, protocols: tuple[ProtocolMatch, .
                     yield rule(f"outbound.exclude_for_owners[{index}]", statement, protocol, *chunk, owner)
     for family, matches in terms.addresses("src", plan.proxy.passthrough_sources):
         yield rule("proxy.passthrough_sources", statement, ON_LO, *matches, family=family)
-    yield from tproxied(terms, statement, "outbound")
+    yield from tproxied(terms, statement)
     for family, matches in terms.addresses("dst", plan.proxy.probe_sources):
         yield rule("proxy.probe_sources", statement, *matches, family=family)
 
 
-def tproxied(terms: Terms, statement: Statement, direction: Direction) -> Iterator[Rule]:
+def tproxied(terms: Terms, statement: Statement) -> Iterator[Rule]:
     """The proxy's connections to the application, on behalf of those that came by TPROXY."""
     tproxy = terms.plan.inbound.tproxy
-    if terms.plan.inbound.mode == "tproxy" and direction in tproxy.exempt:
+    if terms.plan.inbound.mode == "tproxy":
         yield rule("inbound.tproxy.mark", statement, MarkMatch(tproxy.mark.value, tproxy.mark.mask))
 
 
@@ -226,7 +225,7 @@ def reroutes(terms: Terms, statement: Statement) -> Iterator[Rule]:
 def inbound_exempt(terms: Terms) -> Iterator[Rule]:
     """Inbound TCP that is left alone: a proxied packet on its second way, probes, sources, ports."""
     plan = terms.plan
-    yield from tproxied(terms, Return(), "inbound")
+    yield from tproxied(terms, Return())
     for family, matches in terms.addresses("src", plan.proxy.probe_sources):
         yield rule("proxy.probe_sources", Return(), *matches, family=family)
     for family, matches in terms.addresses("src", plan.inbound.sources.exclude):

@@ -42,7 +42,7 @@ def udp_queries_1_11(terms: Terms, at: Place) -> Iterator[Part]:
     if terms.plan.dns.capture == "none":
         return
     own = (rule(path, Return(), IS_UDP, QUERY, match) for path, match in terms.own())
-    yield place(_with_servers(terms, at), "nat", "OUTPUT", *own, *_redirects(terms, IS_UDP))
+    yield place(_with_ipv4(terms, at), "nat", "OUTPUT", *own, *_redirects(terms, IS_UDP))
 
 
 def zones(terms: Terms, at: Place, *, chains: bool) -> Iterator[Part]:
@@ -50,7 +50,7 @@ def zones(terms: Terms, at: Place, *, chains: bool) -> Iterator[Part]:
     plan = terms.plan
     if plan.dns.capture == "none" or not plan.dns.zones:
         return
-    at = at if chains else _with_servers(terms, at)
+    at = at if chains else _with_ipv4(terms, at)
     path, direct, taken = "dns.zones", SetZone(ZONE_DIRECT), SetZone(ZONE_CAPTURED)
     own_answer = PortMatch("src", single(plan.dns.port))
     rules = [
@@ -77,3 +77,8 @@ def zones(terms: Terms, at: Place, *, chains: bool) -> Iterator[Part]:
 def _with_servers(terms: Terms, at: Place) -> Place:
     mine = dns_families(terms.plan)
     return Place(tuple(family for family in at.families if family in mine))
+
+
+def _with_ipv4(terms: Terms, at: Place) -> Place:
+    """1.11 writes its rules for IPv4 even where no server is of it."""
+    return Place(tuple(dict.fromkeys(("ip", *_with_servers(terms, at).families))))

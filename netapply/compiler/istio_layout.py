@@ -162,7 +162,7 @@ def _owner(terms: Terms, version: Version, kind: Literal["uid", "gid"], number: 
     dns = plan.dns.capture != "none"
     spared = QUERY_PORT if dns and kind == "uid" else ()
     if not version.tcp_only and plan.proxy.tunnel_port is not None:
-        spared = tuple(sorted({*spared, *single(plan.proxy.tunnel_port)}))
+        spared = (*spared, *single(plan.proxy.tunnel_port))  # in this order, even where both are the same
     ports: tuple[Match, ...] = (IS_TCP, PortMatch("dst", spared, negate=True)) if spared else ()
     for family, matches in far(terms):
         yield rule("proxy.self_calls", TO_IN_REDIRECT, ON_LO, *matches, *ports, own, family=family)
