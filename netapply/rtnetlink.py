@@ -1,4 +1,4 @@
-"""The little of rtnetlink(7) that every plan needs: addresses on `lo`, and whether policy rules of ours stand.
+"""The little of rtnetlink(7) that every plan needs: addresses, and whether policy rules of ours stand.
 
 Rules and routes themselves are pyroute2's (`netapply.policy`); importing that costs more than a whole apply, and
 most plans have none.
@@ -40,15 +40,25 @@ _SEQUENCE = 1  # a socket has one request at a time
 
 def loopback_addresses(kernel: Kernel) -> Iterator[tuple[bytes, int]]:
     """Each single address on `lo`, packed, with the protocol that put it there (0 where it is not known)."""
+    for index, prefix, packed, protocol in _addresses(kernel):
+        if index == LOOPBACK_INDEX and prefix == 8 * len(packed):
+            yield packed, protocol
+
+
+def local_addresses(kernel: Kernel) -> Iterator[bytes]:
+    """Every address of every interface, packed, in the kernel's order, IPv4 first: as Go's net.InterfaceAddrs."""
+    for _, _, packed, _ in _addresses(kernel):
+        yield packed
+
+
+def _addresses(kernel: Kernel) -> Iterator[tuple[int, int, bytes, int]]:
+    """Each address: interface index, prefix length, packed, protocol."""
     request = _message(_RTM_GETADDR, _DUMP, _ADDRESS.pack(0, 0, 0, 0, 0))
     for data, offset, end in _messages(_ask(kernel, "list addresses", request), _RTM_NEWADDR):
         _, prefix, _, _, index = _ADDRESS.unpack_from(data, offset)
-        if index != LOOPBACK_INDEX:
-            continue
         found = dict(_attributes(data, offset + _ADDRESS.size, end))
         packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS, b"")
-        if prefix == 8 * len(packed):
-            yield packed, found.get(_IFA_PROTO, b"\0")[0]
+        yield index, prefix, packed, found.get(_IFA_PROTO, b"\0")[0]
 
 
 def change_address(kernel: Kernel, operation: str, packed: bytes, *, add: bool) -> None:

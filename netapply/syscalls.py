@@ -67,3 +67,17 @@ def setsockopt_scratch(fd: int, level: int, option: int, blob: bytes, scratch: S
     _POINTER.pack_into(value, scratch.offset, ctypes.addressof(written))
     _checked(_setsockopt(fd, level, option, value, len(blob)))
     return written.raw
+
+
+def set_filesystem_ids(uid: int, gid: int) -> None:
+    """setfsuid(2), setfsgid(2) of the calling thread: what the files that it opens, sockets too, are owned by.
+
+    That is what the owner matches of netfilter look at (xt_owner.c, nft_meta.c: `f_cred->fsuid`). The C library does
+    not carry these two over to other threads, and capabilities that are not about files stay. Raises
+    PermissionError without CAP_SETUID and CAP_SETGID.
+    """
+    _libc.setfsgid(ctypes.c_uint(gid))
+    _libc.setfsuid(ctypes.c_uint(uid))
+    nobody = ctypes.c_uint(0xFFFFFFFF)  # an invalid id: both calls change nothing and return the present one
+    if (_libc.setfsuid(nobody) & 0xFFFFFFFF, _libc.setfsgid(nobody) & 0xFFFFFFFF) != (uid, gid):
+        raise PermissionError(1, f"setting the file system ids {uid}:{gid}")

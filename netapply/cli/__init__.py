@@ -5,19 +5,34 @@ Exit codes: 0 done; 1 error, bad input included; 2 `diff` found changes; 3 `veri
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from netapply.cli.arguments import UsageError, build_parser
 from netapply.errors import NetapplyError
+
+if TYPE_CHECKING:
+    from netapply.cli.arguments import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    words = sys.argv[1:] if argv is None else [*argv]
+    if words[:1] in (["istio-iptables"], ["istio-clean-iptables"]):
+        from netapply.cli import istio  # reads Istio's words itself: argparse takes half as long as a whole apply
+
+        return istio.main(words[0], words[1:], os.environ)
+    return _main(words)
+
+
+def _main(argv: Sequence[str]) -> int:
+    from netapply.cli.arguments import UsageError, build_parser
+
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser(lean=True).parse_args(argv)
     except UsageError as error:
-        return _misused(sys.argv[1:] if argv is None else argv, error)
+        return _misused(argv, error)
     from netapply.cli import commands, output
 
     printer = output.Printer(arguments.output, sys.stdout, sys.stderr)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from netapply.api import Capture, open_capture
-from netapply.cli.output import Printer
-from netapply.results import Diff, Result
+from netapply.cli.output import Printer, print_result
+from netapply.results import Diff
 
 CHANGES, DRIFT = 2, 3
 
@@ -35,7 +35,7 @@ def apply(arguments: argparse.Namespace, printer: Printer) -> int:
         printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings]})
         return 0
     if not arguments.quiet:
-        _print_result(result, printer)
+        print_result(result, printer)
     for warning in warnings:
         printer.note(f"warning: {warning.path}: {warning.message}; {warning.advice}")
     return 0
@@ -44,50 +44,26 @@ def apply(arguments: argparse.Namespace, printer: Printer) -> int:
 def clean(arguments: argparse.Namespace, printer: Printer) -> int:
     """Remove all that is ours."""
     with _open(arguments) as capture:
-        result = capture.clean(backend=arguments.backend)
+        result = capture.clean(backend=arguments.backend, layout=arguments.layout)
     if printer.json:
         printer.document("clean", result._asdict())
     else:
-        _print_result(result, printer)
+        print_result(result, printer)
     return 0
-
-
-def _print_result(result: Result, printer: Printer) -> None:
-    changed = printer.paint("changed" if result.changed else "unchanged", "yellow" if result.changed else "green")
-    where = f" by {result.backend}" if result.backend else ""
-    printer.line(f"{changed}{where} ({result.reason}) in {result.duration * 1000:.1f} ms")
-    for step in result.steps:
-        printer.line(f"  {step}")
-    if result.ipv6:
-        effective = "yes, read back from the kernel" if result.effective else "no"
-        printer.line(f"effective: {effective}; IPv6: {result.ipv6}")
-    if result.existing_flows:
-        printer.line(
-            f"{result.existing_flows} open connections stay as they were: NAT decides on a flow's first packet"
-        )
-    for text in (*result.notes, *(f"degraded: {each}" for each in result.degraded)):
-        printer.note(text)
 
 
 def render(arguments: argparse.Namespace, printer: Printer) -> int:
     """Print the rules of a plan."""
     from netapply.backend import find_backend
-    from netapply.compiler import compile_plan, compile_routing
+    from netapply.cli.rendering import rendering
     from netapply.planfile import read_plan
-    from netapply.routing import NOTHING, RoutingStep, Standing
-    from netapply.routing import plan as routing_steps
 
-    plan = read_plan(arguments.plan)
     backend = find_backend(arguments.backend)
-    text = backend.render(compile_plan(plan, backend.dialect, arguments.layout))
-    routing = compile_routing(plan)._replace(sysctls=())
-    steps: tuple[RoutingStep, ...] = routing_steps(Standing(NOTHING, NOTHING), routing)
+    made = rendering(read_plan(arguments.plan), backend, arguments.layout)
     if printer.json:
-        printer.document("render", {"backend": backend.name, "text": text, "routing": [step.name for step in steps]})
-        return 0
-    printer.line(text.rstrip("\n"))
-    for step in steps:
-        printer.line(f"# beside the rules: {step.name}")
+        printer.document("render", {"backend": backend.name, **made._asdict()})
+    else:
+        printer.line(made.lines)
     return 0
 
 
@@ -110,9 +86,11 @@ def verify(arguments: argparse.Namespace, printer: Printer) -> int:
     with _open(arguments) as capture:
         found = capture.verify(plan, backend=arguments.backend, layout=arguments.layout)
         if arguments.deep:
+            from netapply.ownership import ownership
             from netapply.reader import deep_changes
 
-            found = found._replace(changes=found.changes + deep_changes(capture.namespace, found.backend))
+            deep = deep_changes(capture.namespace, found.backend, ownership(arguments.layout))
+            found = found._replace(changes=found.changes + deep)
     _print_diff("verify", found, printer, f"holds, in {found.backend}")
     return 0 if found.same else DRIFT
 
@@ -142,7 +120,7 @@ def show(arguments: argparse.Namespace, printer: Printer) -> int:
 
             printer.line(list_ruleset(capture.namespace, as_json=printer.json).rstrip("\n"))
             return 0
-        rules = capture.show(backend=arguments.backend)
+        rules = capture.show(backend=arguments.backend, layout=arguments.layout)
     if printer.json:
         printer.document("show", {"rules": [rule._asdict() for rule in rules]})
         return 0
@@ -177,6 +155,13 @@ def detect(arguments: argparse.Namespace, printer: Printer) -> int:
     return 0 if found.chosen else 1
 
 
+def explain(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Tell why a packet goes where it goes."""
+    from netapply.cli.explain import run_explain
+
+    return run_explain(arguments, printer)
+
+
 def schema(_: argparse.Namespace, printer: Printer) -> int:
     """Print the JSON Schema of plan files."""
     import json
@@ -185,6 +170,13 @@ def schema(_: argparse.Namespace, printer: Printer) -> int:
 
     printer.line(json.dumps(json_schema(), indent=2))
     return 0
+
+
+def import_settings(arguments: argparse.Namespace, printer: Printer) -> int:
+    """Print another tool's settings as a plan file."""
+    from netapply.cli import imports
+
+    return imports.import_settings(arguments, printer)
 
 
 def demo(arguments: argparse.Namespace, printer: Printer) -> int:
@@ -211,8 +203,10 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Printer], int]] = {
     "diff": diff,
     "verify": verify,
     "show": show,
+    "explain": explain,
     "detect": detect,
     "schema": schema,
+    "import": import_settings,
     "demo": demo,
     "completion": completion,
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from netapply.errors import ApplyError, KernelError, NetapplyError, PlanError
-from netapply.results import RESULT_VERSION
+from netapply.results import RESULT_VERSION, Result
 
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2", "bold": "1"}
 
@@ -70,20 +70,38 @@ class Printer:
         whole = {"version": RESULT_VERSION, "command": command, "ok": ok, **body}
         self.line(json.dumps(whole, indent=2, default=_plain))
 
-    def error(self, command: str, error: NetapplyError) -> None:
-        """What failed, where, why, and what to do next."""
+    def error(self, command: str, error: NetapplyError, *, faulty: str = "the plan has") -> None:
+        """What failed, where, why, and what to do next. `faulty` is where a PlanError's faults are."""
         if self.json:
             self.document(command, {"error": error_fields(error)}, ok=False)
             return
         if isinstance(error, PlanError):
             count = len(error.faults)
-            self.note(f"{command}: the plan has {count} fault{'s' if count > 1 else ''}; nothing was touched")
+            self.note(f"{command}: {faulty} {count} fault{'s' if count > 1 else ''}; nothing was touched")
             for fault in error.faults:
                 self._err.write(f"  {fault}\n")
         else:
             self.note(f"{command}: {error}")
         if error.next_step:
             self._err.write(f"  next: {error.next_step}\n")
+
+
+def print_result(result: Result, printer: Printer) -> None:
+    """What an apply or clean did, as text."""
+    changed = printer.paint("changed" if result.changed else "unchanged", "yellow" if result.changed else "green")
+    where = f" by {result.backend}" if result.backend else ""
+    printer.line(f"{changed}{where} ({result.reason}) in {result.duration * 1000:.1f} ms")
+    for step in result.steps:
+        printer.line(f"  {step}")
+    if result.ipv6:
+        effective = "yes, read back from the kernel" if result.effective else "no"
+        printer.line(f"effective: {effective}; IPv6: {result.ipv6}")
+    if result.existing_flows:
+        printer.line(
+            f"{result.existing_flows} open connections stay as they were: NAT decides on a flow's first packet"
+        )
+    for text in (*result.notes, *(f"degraded: {each}" for each in result.degraded)):
+        printer.note(text)
 
 
 def error_fields(error: NetapplyError) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from netapply import plan as p
 from netapply.errors import Fault, PlanError
-from netapply.importers.istio_settings import IstioSettings
+from netapply.importers.istio_settings import PORT, IstioSettings, spelled
 from netapply.ruleset import Cidr, PortRange
 
 Version: TypeAlias = Literal["istio", "istio-1.11", "istio-1.4"]
 
+VERSIONS: tuple[Version, ...] = ("istio", "istio-1.11", "istio-1.4")
 #: As ValidateOwnerGroups.
 MAX_GROUPS = 64
 SSH = PortRange(22, 22)
@@ -21,7 +22,10 @@ LOOPBACK_6, ALL_4 = p.LOOPBACK[1], Cidr(bytes(4), 0)
 
 
 class Facts(NamedTuple):
-    """What Istio looks up: the namespace's addresses (packed, in the kernel's order), resolvers, users and groups."""
+    """What Istio looks up: the namespace's addresses (packed, in the kernel's order), resolvers, users and groups.
+
+    Of `users` and `groups` only the names that stand in the settings are asked for.
+    """
 
     addresses: tuple[bytes, ...] = ()
     servers: tuple[str, ...] = ()
@@ -49,8 +53,9 @@ class _Reading:
 
     def plan(self) -> p.CapturePlan:
         given = self.given
-        uids = self._numbers("proxy_uid", given.proxy_uid or str(self.facts.users.get(given.envoy_user, 1337)))
-        gids = self._numbers("proxy_gid", given.proxy_gid) if given.proxy_gid else uids
+        uid = given.proxy_uid or str(self.facts.users.get(given.envoy_user, 1337))
+        uids = self._numbers("proxy_uid", uid)
+        gids = self._numbers("proxy_gid", given.proxy_gid or uid)
         include = self._cidrs("istio_service_cidr")
         exclude = self._cidrs("istio_service_exclude_cidr")
         if isinstance(exclude, str):
@@ -66,8 +71,10 @@ class _Reading:
             None if self.oldest else self._port("inbound_tunnel_port"), self._tunnel(), None, (local, LOOPBACK_6),
         )  # fmt: skip
         captures_lo = not self.oldest and self._names_loopback(include)
+        # Of nat's rules those of the first uid return everybody else's; TPROXY takes what any of the proxy's ids sends.
+        by_any = captures_lo or (self.tproxy and bool(given.istio_inbound_ports))
         callers: Literal["proxy", "everyone"] | p.Owners = (
-            "everyone" if self.oldest else "proxy" if captures_lo else p.Owners(uids=_ids(uids[:1]))
+            "everyone" if self.oldest else "proxy" if by_any else p.Owners(uids=_ids(uids[:1]))
         )
         return p.CapturePlan(
             proxy._replace(self_calls=callers),
@@ -86,7 +93,7 @@ class _Reading:
         )
 
     def _refuse(self, name: str, value: str, accepted: str) -> None:
-        self.faults.append(Fault("--" + name.replace("_", "-"), value or "nothing", accepted))
+        self.faults.append(Fault(spelled(name), value or "nothing", accepted))
 
     def _text(self, name: str) -> str:
         return str(getattr(self.given, name))
@@ -99,32 +106,43 @@ class _Reading:
         return "tproxy" if mode == "TPROXY" else "redirect"  # Istio takes any other word for REDIRECT
 
     def _port(self, name: str) -> int:
-        return self._ranges(name, [self._text(name)])[0].first
+        text = self._text(name).strip()
+        if text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16:
+            return int(text)
+        self._refuse(name, text, PORT)
+        return 1
 
     def _ports(self, name: str) -> tuple[PortRange, ...]:
-        return self._ranges(name, self._list(name))
-
-    def _ranges(self, name: str, words: list[str]) -> tuple[PortRange, ...]:
+        """Ports and ranges as iptables writes them, `8000:8100`; either end may be left out."""
         found: list[PortRange] = []
-        for word in words:
-            first, _, last = word.partition(":")
-            if re.fullmatch(r"[0-9]{1,5}(:[0-9]{1,5})?", word) and 0 < int(first) <= int(last or first) < 1 << 16:
-                found.append(PortRange(int(first), int(last or first)))
+        for word in self._list(name):
+            first, colon, last = word.partition(":")
+            if not re.fullmatch("[0-9]{1,5}|[0-9]{0,5}:[0-9]{0,5}", word):
+                first, last = "1", "0"
+            low, high = int(first or 0), int(last or (65535 if colon else first))
+            if low <= high < 1 << 16:
+                found.append(PortRange(low, high))
             else:
-                self._refuse(name, word, "write a port of 1 to 65535")
-                found.append(PortRange(1, 1))
+                self._refuse(name, word, "write a port of 0 to 65535, or a range as 8000:8100")
         return tuple(found)
 
     def _numbers(self, name: str, text: str) -> tuple[int, ...]:
-        """Uids or gids; as iptables does, names are looked up."""
+        """Uids or gids of the proxy."""
+        return tuple(first for first, _ in self._ids(name, text, "write an id, or a name that exists here"))
+
+    def _ids(self, name: str, text: str, accepted: str, *, ranges: bool = False) -> tuple[p.IdRange, ...]:
+        """As iptables does: names are looked up, a range is written `1000-2000`."""
         names = self.facts.users if name == "proxy_uid" else self.facts.groups
-        found: list[int] = []
+        found: list[p.IdRange] = []
         for word in filter(None, (each.strip() for each in text.split(","))):
-            number = int(word) if re.fullmatch("[0-9]{1,10}", word) else names.get(word, -1)
-            if 0 <= number < (1 << 32) - 1:
-                found.append(number)
+            range_here = ranges and re.fullmatch("[0-9]{1,10}-[0-9]{1,10}", word)
+            first, _, last = word.partition("-") if range_here else (word, "", "")
+            low = int(first) if re.fullmatch("[0-9]{1,10}", first) else names.get(first, -1)
+            high = int(last) if range_here else low
+            if 0 <= low <= high < (1 << 32) - 1:
+                found.append(p.IdRange(low, high))
             else:
-                self._refuse(name, word, "write an id, or a name that exists here")
+                self._refuse(name, word, accepted)
         return tuple(found)
 
     def _cidrs(self, name: str) -> p.Everything | tuple[Cidr, ...]:
@@ -176,39 +194,44 @@ class _Reading:
             "*" if everything else self._ports("istio_inbound_ports"), excluded if everything else ()
         )
         settings = p.TProxyRouting(
-            p.Mark(self._number("istio_inbound_tproxy_mark")),
-            self._number("istio_inbound_tproxy_route_table"),
+            p.Mark(self._number("istio_inbound_tproxy_mark", 1337)),
+            self._number("istio_inbound_tproxy_route_table", 133),
             outer if self.oldest and outer != proxy.inbound_port else None,
-            () if self.oldest else ("inbound",),
             before_reroute=True,
         )
         local = p.Destinations(proxy.loopback if self.tproxy else ())
         return p.Inbound(self._mode(), ports, p.Sources(), local, settings, "last")
 
-    def _number(self, name: str) -> int:
+    def _number(self, name: str, unused: int) -> int:
         text = self._text(name)
-        if re.fullmatch("0[xX][0-9a-fA-F]{1,8}|[0-9]{1,10}", text) and 0 < (number := int(text, 0)) < 1 << 32:
+        if re.fullmatch("0[xX][0-9a-fA-F]{1,8}|[1-9][0-9]{0,9}", text) and 0 < (number := int(text, 0)) < 1 << 32:
             return number
-        self._refuse(name, text, "write a number of 1 to 4294967295")
-        return 1
+        if self.tproxy:  # nobody else reads it
+            self._refuse(name, text, "write a number of 1 to 4294967295")
+        return unused
 
     def _owners(self) -> p.OwnerRules:
-        given = self.given
-        include, exclude = (
-            [word.strip() for word in text.split(",") if word.strip()]
-            for text in (given.istio_outbound_owner_groups, given.istio_outbound_owner_groups_exclude)
-        )
-        if include != ["*"] and exclude:
-            self._refuse("ISTIO_OUTBOUND_OWNER_GROUPS", ",".join(include), "write it or its _EXCLUDE, not both")
-        if max(len(include), len(exclude)) > MAX_GROUPS:
-            self._refuse("ISTIO_OUTBOUND_OWNER_GROUPS", f"{max(len(include), len(exclude))} groups", "write at most 64")
-        if include == ["*"] or not include:
-            return p.OwnerRules("*", p.Owners(gids=_ids(self._numbers("owner_groups", ",".join(exclude)))))
-        return p.OwnerRules(p.Owners(gids=_ids(self._numbers("owner_groups", ",".join(include)))))
+        """As ParseInterceptFilter: what is excluded counts only where everybody is included."""
+        name, accepted = "istio_outbound_owner_groups", "write a group's id or name, or a range of ids as 1000-2000"
+        include = self._list(name)
+        if include == ["*"] or (not include and self.version != "istio"):  # older ones take an empty variable for unset
+            excluded = self._ids(f"{name}_exclude", self._text(f"{name}_exclude"), accepted, ranges=True)
+            return p.OwnerRules("*", p.Owners(gids=excluded))
+        if len(include) > MAX_GROUPS:
+            self._refuse(name, f"{len(include)} groups", f"write at most {MAX_GROUPS}")
+        return p.OwnerRules(p.Owners(gids=self._ids(name, ",".join(include), accepted, ranges=True)))
 
     def _interfaces(self) -> p.Interfaces:
-        reroute = tuple(p.Reroute(name, exclude=()) for name in self._list("kube_virt_interfaces"))
-        return p.Interfaces(tuple(self._list("istio_exclude_interfaces")), reroute)
+        reroute = tuple(p.Reroute(name, exclude=()) for name in self._names("kube_virt_interfaces"))
+        return p.Interfaces(self._names("istio_exclude_interfaces"), reroute)
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        """Names of devices, IFNAMSIZ of linux/if.h being 16; a trailing `+` stands for any rest."""
+        words = self._list(name)
+        for word in words:
+            if len(word.encode()) > 15 or "/" in word or any(c.isspace() for c in word):
+                self._refuse(name, word, "write the name of an interface, of at most 15 characters")
+        return tuple(words)
 
     def _dns(self, gids: tuple[int, ...]) -> p.Dns:
         given = self.given
@@ -217,11 +240,7 @@ class _Reading:
         if self.oldest:
             self._refuse("redirect_dns", "true", "leave it out: Istio 1.4 captures no DNS")
             return p.Dns()
-        servers = tuple(
-            block
-            for text in self.facts.servers
-            if (block := self._cidr("resolv.conf", f"{text}/{128 if ':' in text else 32}"))
-        )
+        servers = tuple(filter(None, map(_single, self.facts.servers)))
         if self.version == "istio-1.11":
             servers = (ALL_4,) if given.capture_all_dns else tuple(each for each in servers if each.family == "ip")
         elif given.capture_all_dns:
@@ -239,15 +258,33 @@ class _Reading:
 
     def _ipv6(self) -> bool:
         """By the first address that is neither loopback nor link-local; with dual_stack by any of IPv6."""
-        global_ones = [packed for packed in self.facts.addresses if not _local(packed)]
+        global_ones = global_addresses(self.facts)
         if not global_ones:
             self.faults.append(Fault("addresses", "none but loopback and link-local", "give the namespace an address"))
             return False
         return any(len(packed) == 16 for packed in (global_ones if self.given.dual_stack else global_ones[:1]))
 
 
+def global_addresses(facts: Facts) -> list[bytes]:
+    """The addresses that are neither loopback nor link-local; Istio goes by the first."""
+    return [packed for packed in map(_unmapped, facts.addresses) if not _local(packed)]
+
+
 def _ids(numbers: tuple[int, ...]) -> tuple[p.IdRange, ...]:
     return tuple(p.IdRange(number, number) for number in numbers)
+
+
+def _single(text: str) -> Cidr | None:
+    """The address of a resolver as a block; None where it is no address, as Istio passes over it."""
+    try:
+        packed = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    except OSError:
+        return None
+    return Cidr(packed, len(packed) * 8)
+
+
+def _unmapped(packed: bytes) -> bytes:
+    return packed[12:] if packed[:12] == b"\0" * 10 + b"\xff\xff" else packed
 
 
 def _is_localhost_6(host: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-from netapply.lab import syscalls
+from netapply import syscalls
 from netapply.lab.answers import Endpoint
 from netapply.lab.namespaces import Place
 from netapply.ruleset import Family

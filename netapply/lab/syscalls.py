@@ -1,4 +1,4 @@
-"""The system calls that only the lab needs: new namespaces, mounts, and credentials of one thread.
+"""The system calls that only the lab needs: new namespaces, and mounts.
 
 Every function raises OSError with the kernel's errno.
 """
@@ -34,17 +34,3 @@ def mount(source: str, target: str, flags: int) -> None:
 def unmount(target: str) -> None:
     """umount2(2), lazily: the name is gone at once, whoever still uses what it led to."""
     _checked(_libc.umount2(os.fsencode(target), ctypes.c_int(MNT_DETACH)))
-
-
-def set_filesystem_ids(uid: int, gid: int) -> None:
-    """setfsuid(2), setfsgid(2) of the calling thread: what the files that it opens, sockets too, are owned by.
-
-    That is what the owner matches of netfilter look at (xt_owner.c, nft_meta.c: `f_cred->fsuid`). The C library does
-    not carry these two over to other threads, and capabilities that are not about files stay. Raises
-    PermissionError without CAP_SETUID and CAP_SETGID.
-    """
-    _libc.setfsgid(ctypes.c_uint(gid))
-    _libc.setfsuid(ctypes.c_uint(uid))
-    nobody = ctypes.c_uint(0xFFFFFFFF)  # an invalid id: both calls change nothing and return the present one
-    if (_libc.setfsuid(nobody) & 0xFFFFFFFF, _libc.setfsgid(nobody) & 0xFFFFFFFF) != (uid, gid):
-        raise PermissionError(1, f"setting the file system ids {uid}:{gid}")
