@@ -7,12 +7,12 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 ORACLES := iptables nftables conntrack libnftables1 iproute2 strace util-linux
 
-.PHONY: demo test times lint types layers wheel check clean oracles
+.PHONY: demo test bench lint types layers wheel check clean oracles userlands
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/netapply demo
 
-test: $(VENV)/.installed oracles
+test: $(VENV)/.installed oracles userlands
 	$(PY) -m coverage run -m pytest $(PYTEST)
 	@$(PY) -m coverage report --skip-covered --skip-empty --sort=cover > coverage.txt
 
@@ -28,9 +28,13 @@ oracles:
 	@for tool in iptables nft conntrack ip strace nsenter; do \
 	  command -v $$tool >/dev/null || { apt-get update -qq && apt-get install -y -qq $(ORACLES); break; }; done
 
-# Times of a running process, in a namespace of its own.
-times: $(VENV)/.installed
-	unshare --net $(PY) tests/times.py
+# Readers of three releases, unpacked under build/ from the machine's own mirror: seconds, once. MIRROR=URI for another.
+userlands: $(VENV)/.installed
+	@$(PY) -m tests.userlands $(if $(MIRROR),--mirror $(MIRROR))
+
+# What an apply costs beside the kernel's share and the tools': minutes. QUICK=1 below one; BENCH='-o FILE --strict'.
+bench: $(VENV)/.installed oracles
+	$(PY) -m bench $(if $(QUICK),--quick) $(BENCH)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import SequenceMatcher
 
 from netapply.backend import Backend
 from netapply.results import Change
@@ -54,6 +53,8 @@ def _header(chain: Chain) -> str:
 def _rules(
     backend: Backend, where: str, table: Table, chain: Chain, old: tuple[Rule, ...], new: tuple[Rule, ...]
 ) -> Iterator[Change]:
+    from difflib import SequenceMatcher  # costs a cold start, and apply never compares like this
+
     for operation, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if operation != "equal":
             for rule in old[a:b]:

@@ -415,6 +415,35 @@ def test_validation_is_not_taken_in_by_calls_that_nobody_captured(run: Run, pod:
     assert "refused" not in ran.err
 
 
+# --- killed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft"])
+def test_killed_at_any_moment_it_leaves_the_old_rules_or_the_new_ones_in_both_families(
+    run: Run, pod: Netns, backend: str, figure: Callable[[str], None]
+) -> None:
+    """In legacy a table of a family is one step; what lies between is undone by the next run (test_promises)."""
+    words = [*EVERYTHING, "--dual-stack", "--backend", backend, "-d"]
+    pictures: list[str] = []
+    for port in ("80", "443"):
+        run(*words, port)
+        pictures.append(pod.run("nft", "--stateless", "list", "ruleset"))
+    found: list[int] = []
+    for delay in range(16):
+        now = delay % 2
+        command = [interpreter(), "-m", "netapply", "istio-iptables", "--network-namespace", pod.path, *words]
+        process = subprocess.Popen([*command, ("80", "443")[now]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.04 + delay * 0.01)
+        process.kill()
+        process.wait()
+        found.append(pictures.index(pod.run("nft", "--stateless", "list", "ruleset")))
+    assert run(*words, "443").code == 0
+    assert pod.run("nft", "--stateless", "list", "ruleset") == pictures[1]
+    changes = sum(now == index % 2 for index, now in enumerate(found))
+    figure(f"killed 16 times, 40 to 190 ms after the start: {changes} found as they should be, all whole")
+
+
 # --- where it runs -------------------------------------------------------------------------------------------
 
 

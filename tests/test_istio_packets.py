@@ -37,6 +37,9 @@ SETTINGS = {
     "tproxy, lists": TPROXY._replace(istio_inbound_ports="8080", redirect_dns=True),
 }
 
+#: Seconds for an answer: those that never come must not take the minute.
+PATIENCE = 0.4
+
 
 def packed(text: str) -> bytes:
     return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
@@ -69,13 +72,13 @@ async def answers(lab: Lab) -> dict[str, tuple[object, ...]]:
     """What comes of every flow: who answered, by way of which ports, for which destination; or how it failed."""
     found: dict[str, tuple[object, ...]] = {}
     for traffic in traffic_types("redirect", lab.families):
-        found[f"{traffic.name} {traffic.family}"] = _seen(await lab.send(traffic.send))
+        found[f"{traffic.name} {traffic.family}"] = _seen(await lab.send(traffic.send, timeout=PATIENCE))
     for family in lab.families:
         ours = ADDRESSES[family]
         for server in (ours.remote, ours.elsewhere):
             for actor in ("app", "proxy"):
                 for over in ("udp", "tcp"):
-                    answer = await lab.dns(actor, (server, 53), over=over)  # type: ignore[arg-type]  # one of the two
+                    answer = await lab.dns(actor, (server, 53), over=over, timeout=PATIENCE)  # type: ignore[arg-type]  # one of the two
                     found[f"dns {actor} {server} {over}"] = _seen(answer)
     return found
 

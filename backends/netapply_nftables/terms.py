@@ -60,15 +60,15 @@ def read_term(expressions: Sequence[Expression], at: int) -> tuple[Term, int]:
             at += 1
         if swapped := expressions[at].name == "byteorder":
             at += 1
-        test = expressions[at]
+        tested = _read_test(expressions[at : at + 2])
     except IndexError as short:
         raise DecodeError("a rule ends inside a match") from short
-    if swapped != (source == "meta" and key in OWNER_KEYS.values() and test.name == "range"):
+    term = Term(source, key, offset, width, mask, *tested)
+    if swapped != (source == "meta" and key in OWNER_KEYS.values() and term.test == "range"):
         raise DecodeError("a comparison in another byte order")
-    term = Term(source, key, offset, width, mask, *_read_test(test))
     if not _has_width(term):
         raise DecodeError(f"a comparison of {source} {key} with data of another width")
-    return term, at + 1
+    return term, at + (2 if term.test == "range" and expressions[at].name == "cmp" else 1)
 
 
 def data_of(item: Expression, kind: int) -> bytes:
@@ -93,8 +93,13 @@ def _read_mask(item: Expression) -> bytes:
     return data_of(item, 4)
 
 
-def _read_test(item: Expression) -> tuple[str, bool, bytes, bytes, str]:
+def _read_test(items: Sequence[Expression]) -> tuple[str, bool, bytes, bytes, str]:
+    """The first of these two, or both: nft before 1.1 writes a range that is not negated as two comparisons."""
+    item = items[0]
     name, op = item.name, item.number(2)
+    ops = [each.number(2) for each in items if each.name == "cmp"]
+    if ops == [nft.NFT_CMP_GTE, nft.NFT_CMP_LTE]:
+        return "range", False, data_of(item, 3), data_of(items[1], 3), ""
     if name == "cmp" and op in (nft.NFT_CMP_EQ, nft.NFT_CMP_NEQ):
         data = data_of(item, 3)
         return name, bool(op), data, data, ""

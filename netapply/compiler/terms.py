@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 
 from netapply.backend import Dialect
@@ -92,6 +91,8 @@ class Terms:
 
     def _named_set(self, family: Family, blocks: tuple[Cidr, ...]) -> str:
         elements = tuple(sorted(collapse(list(blocks))))  # an importer keeps the order and overlaps of its peer
+        import hashlib  # costs a cold start, and few plans have sets
+
         digest = hashlib.sha256(b"".join(b"%b/%d" % element for element in elements)).hexdigest()[:10]
         name = f"netapply-{4 if family == 'ip' else 6}-{digest}"
         self.sets[name] = NamedSet(name, family, elements)
