@@ -39,6 +39,7 @@ from netapply.existing import treated_otherwise
 from netapply.features import degrade
 from netapply.flow import Decision, Flow
 from netapply.journal import State
+from netapply.ownership import Adoption
 from netapply.plan import CapturePlan
 from netapply.results import Candidate, Change, Detection, Diff, Result, RuleCounter
 from netapply.routing import RoutingStep, Standing
@@ -201,6 +202,7 @@ class FakeCapture:
         *,
         backend: str = "auto",
         layout: str = "netapply",
+        adopt: Adoption | None = None,  # noqa: ARG002 - the signature of Capture; nobody else has been here
         fingerprint: str = "",  # noqa: ARG002 - the signature of Capture.apply; it is for the journal's reader alone
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Result:
@@ -235,7 +237,13 @@ class FakeCapture:
             name, desired = self.namespace.applied
             return Diff(name, "the last apply used it", self._work(find_backend(name), desired).changes())
 
-    def clean(self, *, backend: str = "auto") -> Result:
+    def clean(
+        self,
+        *,
+        backend: str = "auto",
+        layout: str = "netapply",  # noqa: ARG002 - the signature of Capture; nobody else has been here
+        adopt: Adoption | None = None,  # noqa: ARG002 - the signature of Capture; nobody else has been here
+    ) -> Result:
         """As `Capture.clean`."""
         begun = time.perf_counter()
         with self._turn():
@@ -246,7 +254,12 @@ class FakeCapture:
         reason = "held our rules" if held else "nothing of ours was found in any dialect"
         return Result(bool(steps), ", ".join(held), reason, steps, duration=time.perf_counter() - begun)
 
-    def show(self, *, backend: str = "auto") -> tuple[RuleCounter, ...]:
+    def show(
+        self,
+        *,
+        backend: str = "auto",
+        layout: str = "netapply",  # noqa: ARG002 - the signature of Capture; nobody else has been here
+    ) -> tuple[RuleCounter, ...]:
         """As `Capture.show`; counted up by `send`."""
         with self._turn("show"):
             return tuple(
