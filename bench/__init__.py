@@ -1,12 +1,15 @@
 """`make bench`: what an apply costs beside the kernel's own share of it and beside the tools that are exec'd for it.
 
-    measure      interleaved rounds, medians, spread
+    measure      turns, medians, spread
     places       throwaway namespaces, many at a time
+    plans        what is applied
     recording    what a backend sends to the kernel, kept as bytes
-    replay       the same bytes again over kept sockets: the floor, and the floor with a look before it
-    subjects     the ways to bring a namespace to a plan, all with the same rules
+    replay       the same bytes again over kept sockets: the floor
+    checked      the floor behind the least look that keeps others' rules safe
+    programs     starting one
+    subjects     all ways to bring a namespace to a plan, with the same rules
     operations, fleet, lists, dataplane, coldstart     what is measured
-    report       tables, JSON, and which bars are met
+    figures, bars, report     all of it, what was asked for, and how it is told
 
 Everything happens in namespaces of its own, with its own xtables lock and state directory, below /dev/shm.
 """

@@ -30,7 +30,7 @@ class Figures(NamedTuple):
 
 
 def measure(effort: Effort) -> Figures:
-    """Do the parts that `effort` names, as often as it says. Imports of a part are not in another one's times."""
+    """Do the parts that `effort` names, as often as it says."""
     from bench import coldstart, dataplane, fleet, lists, operations
 
     done = Figures({}, {}, {}, {}, {}, {})
