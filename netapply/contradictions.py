@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from netapply.errors import Fault
 from netapply.fields import shorten
-from netapply.plan import Owners
+from netapply.plan import Owners, plan_of
 from netapply.spans import Spans
 from netapply.spelling import write_address, write_mark, write_range
 
@@ -120,7 +120,7 @@ def _dns_servers(plan: CapturePlan) -> Iterator[Fault]:
     dns = plan.dns
     if dns.capture != "servers":
         return
-    if not dns.servers:
+    if not dns.servers and dns.udp_exempt == "outbound":  # Istio 1.11 writes its exemptions without a server, too
         yield Fault("dns.servers", "an empty list", 'list the servers, or write capture: "all" for any server')
     elif plan.ipv6 == "skip" and _only_ip6(dns.servers):
         yield Fault("dns.servers", "IPv6 alone", "with ipv6: skip, list IPv4 servers too")
@@ -188,9 +188,15 @@ CONTRADICTIONS = (
 def find_contradictions(plan: CapturePlan, faulty: Iterable[str] = ()) -> Iterator[Fault]:
     """Every fault between fields, but for those that look at a path with a fault of its own (`faulty`)."""
     known = tuple(faulty)
-    for contradiction in CONTRADICTIONS:
-        if not any(_related(path, bad) for path in contradiction.paths for bad in known):
-            yield from contradiction.find(plan)
+    standing = [each for each in CONTRADICTIONS if not any(_related(p, bad) for p in each.paths for bad in known)]
+    found = [fault for each in standing for fault in each.find(plan_of(plan, "ip"))]
+    yield from found
+    if plan.for_ipv6 is None or any(_related("for_ipv6", bad) for bad in known):
+        return
+    for each in standing:
+        for fault in each.find(plan_of(plan, "ip6")):
+            if fault not in found:
+                yield fault._replace(path=f"for_ipv6.{fault.path}")
 
 
 def _related(path: str, faulty: str) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from netapply.errors import UnsupportedError
-from netapply.plan import CapturePlan, Owners
+from netapply.plan import CapturePlan, Ipv6Groups, Owners, plan_of
+from netapply.ruleset import FAMILIES
 
 
 def needs(plan: CapturePlan) -> tuple[str, ...]:
     """The features, in plan words, that this plan cannot do without (or only by degrading)."""
+    each = [plan_of(plan, family) for family in FAMILIES]
     found = {
         "ip6": plan.ipv6 != "skip",
-        "tproxy": plan.inbound.mode == "tproxy",
-        "dns.zones": plan.dns.capture != "none" and plan.dns.zones and not plan.dns.addresses,
+        "tproxy": any(of.inbound.mode == "tproxy" for of in each),
+        "dns.zones": any(of.dns.capture != "none" and of.dns.zones and not of.dns.addresses for of in each),
         "invalid": plan.invalid != "keep",
         "log": plan.log is not None,
         "comments": plan.comments,
@@ -40,8 +42,16 @@ def degrade(plan: CapturePlan, backend: str, missing: Mapping[str, str]) -> tupl
             next_step=f"add it, or plan without: {remedies}",
         )
     for name in lacking:
-        plan = _WITHOUT[name](plan)
+        plan = _in_both(_WITHOUT[name], plan)
     return plan, tuple(f"{name}: {_CONSEQUENCE[name]} ({missing[name]})" for name in lacking)
+
+
+def _in_both(without: Callable[[CapturePlan], CapturePlan], plan: CapturePlan) -> CapturePlan:
+    done = without(plan_of(plan, "ip"))
+    if plan.for_ipv6 is None:
+        return done
+    ip6 = without(plan_of(plan, "ip6"))
+    return done._replace(for_ipv6=Ipv6Groups(ip6.proxy, ip6.inbound, ip6.outbound, ip6.interfaces, ip6.dns))
 
 
 _WITHOUT: Mapping[str, Callable[[CapturePlan], CapturePlan]] = {
@@ -66,7 +76,12 @@ _CONSEQUENCE = {
 }
 
 
-def _owners(plan: CapturePlan) -> Iterator[Owners]:
+def _owners(whole: CapturePlan) -> Iterator[Owners]:
+    for family in FAMILIES:
+        yield from _owners_of(plan_of(whole, family))
+
+
+def _owners_of(plan: CapturePlan) -> Iterator[Owners]:
     include = plan.outbound.owners.include
     if not isinstance(include, str):
         yield include

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from netapply.plan import CapturePlan, IdRange, Owners
+from netapply.plan import CapturePlan, IdRange, Owners, plan_of
 from netapply.ruleset import FAMILIES, Cidr, Family
 from netapply.spans import Spans, span_of
 from netapply.spelling import write_address, write_cidr, write_mark, write_range
@@ -356,7 +356,10 @@ RULES: tuple[Callable[[CapturePlan], Iterator[LintWarning]], ...] = (
 
 def lint(plan: CapturePlan, redundant: Iterable[Redundant] = ()) -> tuple[LintWarning, ...]:
     """Every doubt about a plan, in the order of `RULES`; then `redundant` entries of its file (`examine_plan`)."""
-    found = [warning for rule in RULES for warning in rule(plan)]
+    found = [warning for rule in RULES for warning in rule(plan_of(plan, "ip"))]
+    if plan.for_ipv6 is not None:
+        again = [warning for rule in RULES for warning in rule(plan_of(plan, "ip6"))]
+        found += [each._replace(path=f"for_ipv6.{each.path}") for each in again if each not in found]
     for entry in redundant:
         message = f"{entry.value} changes nothing: other entries of the list say the same"
         found.append(LintWarning(entry.path, message, "leave it out"))

@@ -42,12 +42,12 @@ def system_lookups(*, resolv_conf: str = "/etc/resolv.conf", cgroup_root: str = 
 
 
 def read_servers(path: str) -> tuple[str, ...]:
-    """The `nameserver` addresses of a resolv.conf(5), without zone ids, in order, each once. Raises OSError."""
+    """The `nameserver` addresses of a resolv.conf(5), without zone ids, in order. Raises OSError."""
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read(_RESOLV_CONF_BYTES)
     words = [line.split() for line in text.splitlines()]
     servers = [word[1].partition("%")[0] for word in words if len(word) > 1 and word[0] == "nameserver"]
-    return tuple(dict.fromkeys(servers))
+    return tuple(servers)
 
 
 def cgroup_id(path: str, root: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
-from netapply.ruleset import Cidr, PortRange
+from netapply.ruleset import Cidr, Family, PortRange
 
 API_VERSION = "netapply/v1"
 
@@ -196,6 +196,16 @@ class LogSettings(NamedTuple):
     rate: int = 60
 
 
+class Ipv6Groups(NamedTuple):
+    """Groups of the plan that IPv6 has of its own, each whole; None is the group that stands for IPv4."""
+
+    proxy: Proxy | None = None
+    inbound: Inbound | None = None
+    outbound: Outbound | None = None
+    interfaces: Interfaces | None = None
+    dns: Dns | None = None
+
+
 class CapturePlan(NamedTuple):
     """The whole plan. Every group has defaults; an empty file with the apiVersion is Istio's usual sidecar."""
 
@@ -205,9 +215,23 @@ class CapturePlan(NamedTuple):
     interfaces: Interfaces = Interfaces()
     dns: Dns = Dns()
     ipv6: Literal["capture", "skip", "block"] = "capture"
+    #: What IPv6 has of its own; None: all is decided alike for both families.
+    for_ipv6: Ipv6Groups | None = None
     invalid: Literal["keep", "drop", "drop-all"] = "keep"
     log: LogSettings | None = None
     comments: bool = False
     activation: Literal["now", "on-listen"] = "now"
     #: Features to do without where the kernel lacks them; all others are required.
     prefer: tuple[Literal["comments", "log", "dns.zones", "invalid", "cgroups", "sets"], ...] = ()
+
+
+def plan_of(plan: CapturePlan, family: Family) -> CapturePlan:
+    """The plan as it stands for one family, with nothing in `for_ipv6`."""
+    own = plan.for_ipv6
+    if own is None:
+        return plan
+    plan = plan._replace(for_ipv6=None)
+    if family == "ip6":
+        groups = {name: group for name, group in own._asdict().items() if group is not None}
+        plan = plan._replace(**groups)
+    return plan

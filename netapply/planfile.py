@@ -16,7 +16,8 @@ from netapply.documents import LIMITS, Format, Limits, read_document
 from netapply.errors import Fault, PlanError
 from netapply.fields import FAULTY, Check, Redundant
 from netapply.lookups import SYSTEM, Lookups
-from netapply.plan import Owners
+from netapply.plan import Owners, plan_of
+from netapply.ruleset import FAMILIES
 from netapply.schema import PLAN
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def fingerprint(plan: CapturePlan) -> str:
     import json
     from hashlib import sha256
 
-    cgroups = {cgroup.path: cgroup.id for owners in _owners(plan) for cgroup in owners.cgroups}
+    plans = [plan_of(plan, family) for family in FAMILIES]
+    cgroups = {cgroup.path: cgroup.id for each in plans for owners in _owners(each) for cgroup in owners.cgroups}
     text = json.dumps([dump_plan(plan), cgroups], sort_keys=True, separators=(",", ":"))
     return sha256(text.encode()).hexdigest()[:16]
 

@@ -77,7 +77,7 @@ def _make_dns(found: dict[str, Any], at: str, check: Check) -> Any:
 
 def _resolvers(at: str, check: Check) -> tuple[Any, ...]:
     try:
-        servers = list(check.lookups.servers())
+        servers = list(dict.fromkeys(check.lookups.servers()))
     except OSError as error:
         check.refuse(at, _RESOLV_CONF, f"it cannot be read ({error.strerror}): write a list of addresses")
         return ()
@@ -237,6 +237,17 @@ _LOG = group(
 )
 
 
+_AS_FOR_IPV4 = "write the whole group, or none for that of IPv4"
+FOR_IPV6 = group(
+    plan.Ipv6Groups,
+    proxy=Field(none_or(PROXY, _AS_FOR_IPV4), "As proxy, for IPv6."),
+    inbound=Field(none_or(INBOUND, _AS_FOR_IPV4), "As inbound, for IPv6."),
+    outbound=Field(none_or(OUTBOUND, _AS_FOR_IPV4), "As outbound, for IPv6."),
+    interfaces=Field(none_or(INTERFACES, _AS_FOR_IPV4), "As interfaces, for IPv6."),
+    dns=Field(none_or(DNS, _AS_FOR_IPV4), "As dns, for IPv6."),
+)
+
+
 def _make_plan(found: dict[str, Any], _at: str, _check: Check) -> CapturePlan:
     return CapturePlan(**{name: value for name, value in found.items() if name in CapturePlan._fields})
 
@@ -257,6 +268,10 @@ PLAN = Group(
         "dns": Field(DNS, "DNS queries."),
         "ipv6": Field(
             Choice(("capture", "skip", "block")), "Whether IPv6 is captured, bypasses the proxy, or is dropped."
+        ),
+        "for_ipv6": Field(
+            none_or(FOR_IPV6, "write a mapping of groups, or none"),
+            "Groups that are otherwise for IPv6, each whole; or none.",
         ),
         "invalid": Field(Choice(("keep", "drop", "drop-all")), "What happens to packets in conntrack state INVALID."),
         "log": Field(
@@ -294,6 +309,8 @@ def walk_fields(of: Group = PLAN, at: str = "") -> Iterator[PathKind]:
             path, kind = f"{path}[]", kind.item
         if isinstance(kind, Short):
             kind = kind.group
+        if kind is FOR_IPV6:
+            continue  # its groups are those of the plan
         if isinstance(kind, Group):
             yield from walk_fields(kind, path)
 

@@ -13,6 +13,7 @@ from netapply.plan import (
     Inbound,
     InboundPorts,
     Interfaces,
+    Ipv6Groups,
     LogSettings,
     Mark,
     Outbound,
@@ -104,40 +105,53 @@ dns_plans = made(
     zones=st.booleans(),
 ) | made(Dns, capture=st.just("servers"), servers=cidrs.filter(bool), zones=st.booleans())
 
+inbounds = made(
+    Inbound,
+    mode=st.sampled_from(["redirect", "tproxy", "none"]),
+    ports=st.builds(InboundPorts, everything | ports, ports),
+    sources=st.builds(Sources, cidrs),
+    tproxy=st.builds(TProxyRouting, marks, st.just(133)),
+    placement=placements,
+)
+outbounds = made(
+    Outbound,
+    cidrs=st.builds(OutboundCidrs, everything | cidrs, cidrs),
+    ports=st.builds(OutboundPorts, ports, ports),
+    owners=st.builds(OwnerRules, everything | some_owners, owners),
+    exclude_for_owners=st.lists(
+        st.builds(OwnerException, st.sampled_from(["tcp", "udp"]), everything | ports.filter(bool), some_owners),
+        max_size=2,
+    ).map(tuple),
+    loopback=st.sampled_from(["bypass", "capture"]),
+    placement=placements,
+)
+interfaces = st.builds(
+    Interfaces,
+    st.lists(names, max_size=1).map(tuple),
+    st.lists(reroutes, max_size=2).map(tuple),
+).filter(lambda it: not (it.reroute and it.exclude))
+
 plans = made(
     CapturePlan,
     proxy=proxies,
-    inbound=made(
-        Inbound,
-        mode=st.sampled_from(["redirect", "tproxy", "none"]),
-        ports=st.builds(InboundPorts, everything | ports, ports),
-        sources=st.builds(Sources, cidrs),
-        tproxy=st.builds(TProxyRouting, marks, st.just(133)),
-        placement=placements,
-    ),
-    outbound=made(
-        Outbound,
-        cidrs=st.builds(OutboundCidrs, everything | cidrs, cidrs),
-        ports=st.builds(OutboundPorts, ports, ports),
-        owners=st.builds(OwnerRules, everything | some_owners, owners),
-        exclude_for_owners=st.lists(
-            st.builds(OwnerException, st.sampled_from(["tcp", "udp"]), everything | ports.filter(bool), some_owners),
-            max_size=2,
-        ).map(tuple),
-        loopback=st.sampled_from(["bypass", "capture"]),
-        placement=placements,
-    ),
-    interfaces=st.builds(
-        Interfaces,
-        st.lists(names, max_size=1).map(tuple),
-        st.lists(reroutes, max_size=2).map(tuple),
-    ),
+    inbound=inbounds,
+    outbound=outbounds,
+    interfaces=interfaces,
     dns=dns_plans,
     ipv6=st.sampled_from(["capture", "skip", "block"]),
+    for_ipv6=st.none()
+    | st.builds(
+        Ipv6Groups,
+        st.none() | proxies,
+        st.none() | inbounds,
+        st.none() | outbounds,
+        st.none() | interfaces,
+        st.none() | dns_plans,
+    ),
     invalid=st.sampled_from(["keep", "drop"]),
     log=st.none() | st.just(LogSettings("netapply ")),
     comments=st.booleans(),
-).filter(lambda p: not ({r.interface for r in p.interfaces.reroute} and p.interfaces.exclude))
+)
 
 
 @st.composite

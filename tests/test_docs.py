@@ -174,7 +174,8 @@ def properties(shape: dict[str, Any], at: str = "") -> Iterator[Property]:
         path = f"{at}.{name}" if at else name
         if "properties" not in part:
             yield Property(path, name in shape.get("required", ()), part.get("default"))
-        yield from properties(part, path)
+        if path != "for_ipv6":  # its groups are those of the plan
+            yield from properties(part, path)
     for other in shape.get("anyOf", ()):
         yield from properties(other, at)
     if "items" in shape:

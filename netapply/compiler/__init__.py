@@ -18,8 +18,8 @@ from netapply.compiler import istio_layout, netapply_layout
 from netapply.compiler.layout import Part, assemble
 from netapply.compiler.terms import Terms
 from netapply.errors import UnsupportedError
-from netapply.plan import CapturePlan
-from netapply.ruleset import FAMILIES, Family, LocalAddress, LocalRoute, PolicyRule, Routing, Ruleset
+from netapply.plan import CapturePlan, plan_of
+from netapply.ruleset import FAMILIES, Family, LocalAddress, LocalRoute, NamedSet, PolicyRule, Routing, Ruleset
 
 #: Preference of our policy rules: before the main table (32766), and the sign by which they are known as ours.
 RULE_PRIORITY = 13370
@@ -48,26 +48,43 @@ def compile_plan(plan: CapturePlan, dialect: Dialect, layout: str = "netapply") 
     """
     if layout not in LAYOUTS:
         raise UnsupportedError(f"no layout is called {layout!r}; there are {', '.join(LAYOUTS)}")
-    terms = Terms(plan, dialect)
-    parts = tuple(_commented(plan, LAYOUTS[layout].parts(terms)))
-    return assemble(parts, terms.sets.values(), dialect)
+    sets: dict[str, NamedSet] = {}
+    parts = tuple(_commented(plan, _arranged(plan, dialect, LAYOUTS[layout], sets)))
+    return assemble(parts, sets.values(), dialect)
+
+
+def _arranged(plan: CapturePlan, dialect: Dialect, layout: Layout, sets: dict[str, NamedSet]) -> Iterator[Part]:
+    """The layout's parts; where IPv6 has groups of its own, for each family those of its plan."""
+    if plan.for_ipv6 is None:
+        yield from layout.parts(Terms(plan, dialect, sets))
+        return
+    plans = {family: plan_of(plan, family) for family in FAMILIES}
+    tproxy = any(each.inbound.mode == "tproxy" for each in plans.values())
+    for family, mine in plans.items():
+        for part in layout.parts(Terms(mine, dialect, sets, tproxy=tproxy)):
+            if family in part.families:
+                rules = (each._replace(family=family) for each in part.rules if each.family in (None, family))
+                yield part._replace(rules=tuple(rules), families=(family,))
 
 
 def compile_routing(plan: CapturePlan) -> Routing:
     """Policy rules, routes and addresses that the plan needs beside its rules. Pure."""
     families: tuple[Family, ...] = FAMILIES if plan.ipv6 == "capture" else ("ip",)
-    rules: tuple[PolicyRule, ...] = ()
-    routes: tuple[LocalRoute, ...] = ()
-    if plan.inbound.mode == "tproxy":
-        mark, table = plan.inbound.tproxy.mark, plan.inbound.tproxy.table
-        rules = tuple(PolicyRule(family, mark.value, mark.mask, table, RULE_PRIORITY) for family in families)
-        routes = tuple(LocalRoute(family, table) for family in families)
-    addresses = tuple(
-        LocalAddress(block.packed)
-        for block in plan.proxy.passthrough_sources
-        if block.family in families and block.prefix == len(block.packed) * 8 and not _on_lo_already(block.packed)
-    )
-    return Routing(rules, routes, addresses)
+    rules: list[PolicyRule] = []
+    routes: list[LocalRoute] = []
+    addresses: list[LocalAddress] = []
+    for family in families:
+        proxy, inbound = plan_of(plan, family)[:2]
+        if inbound.mode == "tproxy":
+            mark, table = inbound.tproxy.mark, inbound.tproxy.table
+            rules.append(PolicyRule(family, mark.value, mark.mask, table, RULE_PRIORITY))
+            routes.append(LocalRoute(family, table))
+        addresses += (
+            LocalAddress(block.packed)
+            for block in proxy.passthrough_sources
+            if block.family == family and block.prefix == len(block.packed) * 8 and not _on_lo_already(block.packed)
+        )
+    return Routing(tuple(rules), tuple(routes), tuple(addresses))
 
 
 def _on_lo_already(packed: bytes) -> bool:

@@ -66,7 +66,7 @@ def _parts(terms: Terms, version: Version) -> Iterator[Part]:
     if terms.native:
         yield from netapply_layout.parts(terms)
         return
-    istio_words.refuse(terms.plan, version.name)
+    istio_words.refuse(terms.plan, version.name, tproxy=terms.tproxy)
     for part in _split(terms, version):
         yield part._replace(rules=tuple(logged(terms.plan, part.rules)))
 
@@ -75,12 +75,11 @@ def _split(terms: Terms, version: Version) -> Iterator[Part]:
     plan = terms.plan
     at = both_families(plan)
     yield from zones(terms, at, chains=not version.tcp_only)
-    mangle = plan.inbound.mode == "tproxy"
-    if mangle:
+    if terms.tproxy:
         yield from _excluded(terms, at, "mangle")
     if plan.invalid != "keep":
         yield from invalid(at)
-    if mangle:
+    if plan.inbound.mode == "tproxy":
         yield from tproxy(terms, at) if version.tunnel else tproxy_1_4(terms, at)
     yield from _reroutes(terms, at)
     yield from _excluded(terms, at, "nat")
@@ -112,7 +111,8 @@ def _reroutes(terms: Terms, at: Place) -> Iterator[Part]:
     for family, matches in one("dst", include):
         for index, each in enumerate(plan.interfaces.reroute):
             enters, path = IfaceMatch("in", each.interface), f"interfaces.reroute[{index}]"
-            captures.append(rule(path, TO_REDIRECT, enters, *matches, family=family))
+            nothing = each.include == ()  # 1.11 says so once more for IPv6
+            captures.append(rule(path, Return() if nothing else TO_REDIRECT, enters, *matches, family=family))
     yield Part("nat", "PREROUTING", (*reversed(captures), *reversed(returns)), at.families, "first")
 
 

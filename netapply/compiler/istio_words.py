@@ -11,9 +11,11 @@ from netapply.plan import CapturePlan, Owners
 Name: TypeAlias = Literal["istio", "istio-1.11", "istio-1.4"]
 
 
-def refuse(plan: CapturePlan, name: Name) -> None:
-    """UnsupportedError that names every field to which the layout has no rule."""
+def refuse(plan: CapturePlan, name: Name, *, tproxy: bool) -> None:
+    """UnsupportedError that names every field to which the layout has no rule. `tproxy`: in one of the families."""
     faults = [*_everywhere(plan), *_of_version(plan, name)]
+    if plan.interfaces.exclude and plan.invalid == ("drop-all" if tproxy else "drop"):
+        faults.append("invalid")
     if faults:
         raise UnsupportedError(
             f"layout {name} cannot say {', '.join(faults)} as this plan has it",
@@ -37,7 +39,7 @@ def _everywhere(plan: CapturePlan) -> Iterator[str]:
         "outbound.exclude_for_owners": outbound.exclude_for_owners,
         "outbound.owners": listed or owners.exclude.uids or owners.exclude.cgroups,
         "interfaces.reroute": any(
-            r.include not in (None, outbound.cidrs.include)
+            r.include not in (None, (), outbound.cidrs.include)
             or (outbound.cidrs.exclude if r.exclude is None else r.exclude)
             for r in plan.interfaces.reroute
         ),
@@ -45,7 +47,6 @@ def _everywhere(plan: CapturePlan) -> Iterator[str]:
         "dns.addresses": dns.addresses,
         "proxy.loopback": sorted(block.family for block in proxy.loopback) != ["ip", "ip6"],
         "ipv6": plan.ipv6 == "block",
-        "invalid": plan.interfaces.exclude and plan.invalid == ("drop-all" if tproxy else "drop"),
     }
     yield from (path for path, wanted in unsaid.items() if wanted)
 

@@ -148,10 +148,11 @@ def _zones(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
     for family, matches in terms.addresses("src", servers):
         outbound.append(rule(path, direct, ON_LO, IS_UDP, PortMatch("src", port_53), *matches, family=family))
     yield from _hang(terms, "raw", "OUTPUT", OUTBOUND, outbound, families, path, IS_UDP)
+    spares = dns.udp_exempt == "outbound"
     query = (
-        *decisions.exempt(terms, direct, (IS_UDP,)),
+        *(decisions.exempt(terms, direct, (IS_UDP,)) if spares else ()),
         *decisions.leave_own(terms, direct),
-        *decisions.leave_owners(terms, direct),
+        *(decisions.leave_owners(terms, direct) if spares else ()),
         rule(path, taken),
     )
     yield Part("raw", QUERY, query, families)

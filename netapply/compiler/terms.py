@@ -66,11 +66,15 @@ def rule(path: str, statement: Statement, *matches: Match, family: Family | None
 class Terms:
     """The plan's lists for one dialect. Long address lists become named sets, which are kept in `sets`."""
 
-    def __init__(self, plan: CapturePlan, dialect: Dialect) -> None:
+    def __init__(
+        self, plan: CapturePlan, dialect: Dialect, sets: dict[str, NamedSet], *, tproxy: bool | None = None
+    ) -> None:
         self.plan = plan
         self._dialect = dialect
         self.native = dialect.families == "inet"
-        self.sets: dict[str, NamedSet] = {}
+        self.sets = sets
+        #: TPROXY in this family or, where the families have plans of their own, in the other.
+        self.tproxy = plan.inbound.mode == "tproxy" if tproxy is None else tproxy
 
     def addresses(self, side: Side, blocks: Everything | Iterable[Cidr], *, negate: bool = False) -> Iterator[Term]:
         """A term for each block, or for the set of a family's blocks; one empty term for "*"."""

@@ -53,7 +53,7 @@ class _Reading:
 
     def plan(self) -> p.CapturePlan:
         given = self.given
-        uid = given.proxy_uid or str(self.facts.users.get(given.envoy_user, 1337))
+        uid = given.proxy_uid or str(self.facts.users.get(given.envoy_user, 1337)) + ",0" * self.oldest
         uids = self._numbers("proxy_uid", uid)
         gids = self._numbers("proxy_gid", given.proxy_gid or uid)
         include = self._cidrs("istio_service_cidr")
@@ -73,10 +73,9 @@ class _Reading:
         captures_lo = not self.oldest and self._names_loopback(include)
         # Of nat's rules those of the first uid return everybody else's; TPROXY takes what any of the proxy's ids sends.
         by_any = captures_lo or (self.tproxy and bool(given.istio_inbound_ports))
-        callers: Literal["proxy", "everyone"] | p.Owners = (
-            "everyone" if self.oldest else "proxy" if by_any else p.Owners(uids=_ids(uids[:1]))
-        )
-        return p.CapturePlan(
+        first = p.Owners(uids=_ids(uids[:1]))
+        callers: Literal["proxy", "everyone"] | p.Owners = "everyone" if self.oldest else "proxy" if by_any else first
+        plan = p.CapturePlan(
             proxy._replace(self_calls=callers),
             self._inbound(proxy, outer),
             p.Outbound(
@@ -91,6 +90,9 @@ class _Reading:
             ipv6="capture" if self._ipv6() and not self.oldest else "skip",
             invalid=("drop" if self.tproxy else "drop-all") if given.drop_invalid else "keep",
         )
+        if self.version == "istio-1.11" and plan.ipv6 == "capture":
+            plan = plan._replace(for_ipv6=_ipv6_of_1_11(plan, first))
+        return plan
 
     def _refuse(self, name: str, value: str, accepted: str) -> None:
         self.faults.append(Fault(spelled(name), value or "nothing", accepted))
@@ -240,34 +242,46 @@ class _Reading:
         if self.oldest:
             self._refuse("redirect_dns", "true", "leave it out: Istio 1.4 captures no DNS")
             return p.Dns()
+        callers = p.Owners(gids=_ids(gids))
         servers = tuple(filter(None, map(_single, self.facts.servers)))
-        if self.version == "istio-1.11":
+        if self.version == "istio-1.11":  # its rules stand even where no server is of IPv4
             servers = (ALL_4,) if given.capture_all_dns else tuple(each for each in servers if each.family == "ip")
-        elif given.capture_all_dns:
-            return p.Dns("all", self_calls=p.Owners(gids=_ids(gids)))
+            return p.Dns("servers", servers, udp_exempt="proxy", self_calls=callers)
+        if given.capture_all_dns:
+            return p.Dns("all", self_calls=callers)
         if not servers:
             return p.Dns()  # as Istio: a warning, and DNS is not captured
-        if self.version == "istio-1.11":
-            return p.Dns(
-                "servers",
-                servers,
-                udp_exempt="proxy",
-                self_calls=p.Owners(gids=_ids(gids)),
-            )
-        return p.Dns("servers", servers, self_calls=p.Owners(gids=_ids(gids)))
+        return p.Dns("servers", servers, self_calls=callers)
 
     def _ipv6(self) -> bool:
         """By the first address that is neither loopback nor link-local; with dual_stack by any of IPv6."""
-        global_ones = global_addresses(self.facts)
+        global_ones = global_addresses(self.facts, link_local=self.version == "istio-1.11")
         if not global_ones:
             self.faults.append(Fault("addresses", "none but loopback and link-local", "give the namespace an address"))
             return False
         return any(len(packed) == 16 for packed in (global_ones if self.given.dual_stack else global_ones[:1]))
 
 
-def global_addresses(facts: Facts) -> list[bytes]:
-    """The addresses that are neither loopback nor link-local; Istio goes by the first."""
-    return [packed for packed in map(_unmapped, facts.addresses) if not _local(packed)]
+def _ipv6_of_1_11(plan: p.CapturePlan, first: p.Owners) -> p.Ipv6Groups | None:
+    """Istio 1.11 has no TPROXY and no DNS for IPv6, and looks neither for loopback nor for virtual machines there."""
+    reroute = plan.interfaces.reroute
+    if plan.outbound.cidrs.include == "*":
+        reroute = tuple(each._replace(include=()) for each in reroute)
+    wanted = p.Ipv6Groups(
+        plan.proxy._replace(tunnel_exempt=("inbound",), self_calls=first),
+        plan.inbound._replace(mode="redirect", destinations=p.Destinations()),
+        plan.outbound._replace(loopback="bypass"),
+        plan.interfaces._replace(reroute=reroute),
+        p.Dns(),
+    )
+    own = p.Ipv6Groups(**{name: new for name, new in wanted._asdict().items() if new != getattr(plan, name)})
+    return None if own == p.Ipv6Groups() else own
+
+
+def global_addresses(facts: Facts, *, link_local: bool = False) -> list[bytes]:
+    """The addresses that are neither loopback nor, but with `link_local`, link-local; Istio goes by the first."""
+    unmapped = map(_unmapped, facts.addresses)
+    return [packed for packed in unmapped if not (_loopback(packed) if link_local else _local(packed))]
 
 
 def _ids(numbers: tuple[int, ...]) -> tuple[p.IdRange, ...]:
@@ -294,9 +308,13 @@ def _is_localhost_6(host: str) -> bool:
         return False
 
 
+def _loopback(packed: bytes) -> bool:
+    return packed[0] == 127 if len(packed) == 4 else packed == LOOPBACK_6.packed
+
+
 def _local(packed: bytes) -> bool:
     """Loopback, or link-local unicast or multicast."""
     if len(packed) == 4:
-        return packed[0] == 127 or packed[:2] == b"\xa9\xfe" or packed[:3] == b"\xe0\0\0"
+        return _loopback(packed) or packed[:2] == b"\xa9\xfe" or packed[:3] == b"\xe0\0\0"
     link_local = packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
-    return packed == LOOPBACK_6.packed or link_local or (packed[0] == 0xFF and packed[1] & 0xF == 2)
+    return _loopback(packed) or link_local or (packed[0] == 0xFF and packed[1] & 0xF == 2)

@@ -14,7 +14,7 @@ from netapply.errors import Fault, PlanError
 from netapply.importers.istio import Facts, Version, plan_from_settings
 from netapply.importers.provenance import explain_fields
 from netapply.importers.readings import Reading, renamed
-from netapply.plan import CapturePlan, TProxyRouting
+from netapply.plan import CapturePlan, Ipv6Groups, TProxyRouting, plan_of
 from netapply.planfile import load_plan
 from netapply.planwriter import write_plan
 from netapply.spans import Spans
@@ -42,7 +42,7 @@ def import_plan(reading: Reading, version: Version, facts: Facts) -> Imported:
     Raises PlanError with all that Istio refuses, or else with all that a plan file does.
     """
     made = _plan(reading, version, facts)
-    plan = _without_idle_entries(made)
+    plan = _in_each_family(made)
     comments = explain_fields(plan, version, reading)
     path = "outbound.ports.include"
     if plan.outbound.ports != made.outbound.ports and path in comments:
@@ -66,6 +66,15 @@ def _plan(reading: Reading, version: Version, facts: Facts) -> CapturePlan:
     if faults:
         raise PlanError(tuple(faults))
     return made
+
+
+def _in_each_family(plan: CapturePlan) -> CapturePlan:
+    own, done = plan.for_ipv6, _without_idle_entries(plan)
+    if own is None:
+        return done
+    ip6 = _without_idle_entries(plan_of(plan, "ip6"))
+    groups = (None if group is None else getattr(ip6, name) for name, group in own._asdict().items())
+    return done._replace(for_ipv6=Ipv6Groups(*groups))
 
 
 def _without_idle_entries(plan: CapturePlan) -> CapturePlan:

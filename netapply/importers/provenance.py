@@ -35,6 +35,9 @@ ORIGINS: Mapping[str, Origin] = {
     "proxy.tunnel_exempt": Origin("", (), "Istio: where the tunnel's port is left alone"),
     "proxy.loopback": Origin("istio_outbound_ipv4_loopback_cidr"),
     "proxy.self_calls": Origin("", (), "Istio: whose calls to their own address go back inbound"),
+    "for_ipv6": Origin(
+        "", (), "Istio 1.11: for IPv6 neither TPROXY nor DNS, and loopback and virtual machines otherwise"
+    ),
     "inbound.mode": Origin("istio_inbound_interception_mode"),
     "inbound.ports.include": Origin("istio_inbound_ports", (), "Istio's default: none"),
     "inbound.ports.exclude": Origin("istio_local_exclude_ports"),
