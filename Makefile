@@ -7,7 +7,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 ORACLES := iptables nftables conntrack libnftables1 iproute2 strace util-linux
 
-.PHONY: demo test bench lint types layers wheel check clean oracles userlands
+.PHONY: demo test bench lint types layers wheel check clean oracles userlands vagrant vagrant-box vagrant-share
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/netapply demo
@@ -56,6 +56,28 @@ wheel: $(VENV)/.installed oracles
 	cp -r tests pyproject.toml build/wheel/
 	cd build/wheel && venv/bin/netapply demo >demo.txt || { cat demo.txt; exit 1; }
 	cd build/wheel && venv/bin/python -m pytest -q -p no:cacheprovider tests/test_promises.py
+
+# The four kernels, a machine for each, one at a time: docs/kernels.md. Not part of check: an hour at level core.
+# KERNELS='5.10 6.1' for some of them, LEVEL=full for all cases, STEPS='demo unit' for some steps.
+vagrant: build/vagrant/netapply.box vagrant-share
+	vagrant/libvirt.sh python3 vagrant/matrix.py --level $(or $(LEVEL),core) $(if $(STEPS),--only $(STEPS) --) $(KERNELS); \
+	  code=$$?; python3 vagrant/kernels.py > build/vagrant/kernels.md && cp build/vagrant/kernels.md docs/; exit $$code
+
+# What a machine gets to see: the wheel and all that it needs, so that nothing is reached from inside.
+vagrant-share: $(VENV)/.installed
+	rm -rf build/vagrant/share && mkdir -p build/vagrant/share
+	$(PY) -m build --wheel --outdir build/vagrant/share/wheelhouse . >/dev/null
+	$(PY) -m pip download --quiet --dest build/vagrant/share/wheelhouse --only-binary :all: --python-version 3.11 \
+	  --platform manylinux2014_x86_64 build/vagrant/share/wheelhouse/netapply-*.whl
+	cp vagrant/check.py build/vagrant/share/
+
+# The box and its kernels, from the machine's own mirror: three minutes, once. The target vagrant-box builds them anew.
+build/vagrant/netapply.box:
+	$(if $(MIRROR),MIRROR=$(MIRROR)) vagrant/box.sh build/vagrant
+
+vagrant-box:
+	rm -f build/vagrant/netapply.box
+	$(MAKE) build/vagrant/netapply.box
 
 check: lint types layers wheel test
 

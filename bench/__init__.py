@@ -5,7 +5,6 @@
     plans        what is applied
     recording    what a backend sends to the kernel, kept as bytes
     replay       the same bytes again over kept sockets: the floor
-    checked      the floor behind the least look that keeps others' rules safe
     programs     starting one
     subjects     all ways to bring a namespace to a plan, with the same rules
     operations, fleet, lists, dataplane, coldstart     what is measured

@@ -14,17 +14,17 @@ from contextlib import ExitStack
 
 import netapply
 from bench import places
-from bench.checked import Checked, tables_of, xtables_lock
 from bench.measure import REST, clock
 from bench.plans import RULES
 from bench.recording import Cycle, record
 from bench.replay import Sockets, play
+from bench.subjects import bring
 from netapply.backend import BUILT_IN, find_backend
 from netapply.compiler import compile_plan
 from netapply.namespace import Namespace
 
 BLOCK = 50
-WAYS = ("whole", "backend", "checked", "floor")
+WAYS = ("whole", "backend", "floor")
 
 
 def measure(count: int) -> dict[tuple[str, str], float]:
@@ -34,13 +34,12 @@ def measure(count: int) -> dict[tuple[str, str], float]:
         spot = stack.enter_context(places.place()).fd
         state = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
         cycles = {backend: record(spot, state, backend, RULES, RULES) for backend in BUILT_IN}
-        lock = stack.enter_context(xtables_lock())
         blocks = count // BLOCK
         fds = {way: stack.enter_context(places.many(blocks * BLOCK)) for way in WAYS}
         for block in range(blocks):
             turn = block % len(WAYS)
             for backend, cycle in cycles.items():
-                applies = _ways(state, lock, backend, cycle)
+                applies = _ways(state, backend, cycle)
                 for way in WAYS[turn:] + WAYS[:turn]:
                     some = fds[way][block * BLOCK : (block + 1) * BLOCK]
                     apply = applies[way]
@@ -49,13 +48,9 @@ def measure(count: int) -> dict[tuple[str, str], float]:
     return totals
 
 
-def _ways(state: str, lock: int, backend: str, cycle: Cycle) -> dict[str, Callable[[int], None]]:
+def _ways(state: str, backend: str, cycle: Cycle) -> dict[str, Callable[[int], None]]:
     chosen = find_backend(backend)
     desired = compile_plan(RULES, chosen.dialect)
-    with places.place() as fresh:
-        sockets = fresh.inside(lambda: Sockets(cycle.apply))
-        tables = tables_of(sockets, cycle.apply)
-        sockets.close()
 
     def whole(fd: int) -> None:
         with netapply.open(fd, state_directory=state) as capture:
@@ -63,20 +58,14 @@ def _ways(state: str, lock: int, backend: str, cycle: Cycle) -> dict[str, Callab
 
     def alone(fd: int) -> None:
         with Namespace.open(fd) as namespace:
-            for step in chosen.encode(chosen.read(namespace), desired):
-                chosen.commit(namespace, step)
-
-    def checked(fd: int) -> None:
-        sockets = places.visit(fd, lambda: Sockets(cycle.apply))
-        play(Checked(sockets, lock).calls(cycle.apply, tables))
-        sockets.close()
+            bring(chosen, namespace, desired)
 
     def floor(fd: int) -> None:
         sockets = places.visit(fd, lambda: Sockets(cycle.apply))
         play(sockets.calls(cycle.apply))
         sockets.close()
 
-    return {"whole": whole, "backend": alone, "checked": checked, "floor": floor}
+    return {"whole": whole, "backend": alone, "floor": floor}
 
 
 def _undo(fds: list[int], cycle: Cycle) -> None:

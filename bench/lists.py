@@ -1,7 +1,8 @@
 """Long lists: 1,000 and 10,000 exclusions, blocks and ports, put into a namespace without ours.
 
-`whole` and `backend` are given a plan that they have not seen before: compiling and encoding are in the time of the
-first, encoding in that of the second, as reading the text is in the tools'. Printing that text is in nobody's.
+`whole` and `backend` are given a list that they have not seen before, one element further each time: compiling and
+encoding are in the time of the first, encoding in that of the second, as reading the text is in the tools'. Printing
+that text is in nobody's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from itertools import count
 
 from bench import places
 from bench.measure import Spread, interleaved
@@ -18,11 +21,10 @@ from bench.plans import excluding_cidrs, excluding_ports
 from bench.recording import record
 from bench.subjects import BackendAlone, Exec, Floor, Subject, Whole, exec_texts
 from netapply.backend import BUILT_IN
-from netapply.compiler import compile_plan
 from netapply.lab import Place
 from netapply.plan import CapturePlan
 
-KINDS: dict[str, Callable[[int], CapturePlan]] = {"CIDRs": excluding_cidrs, "ports": excluding_ports}
+KINDS: dict[str, Callable[[int, int], CapturePlan]] = {"CIDRs": excluding_cidrs, "ports": excluding_ports}
 #: The tool is given the best text there is: sets where the dialect has them and the tool for them is there, and rules.
 TOOLS = ("exec", "exec linear")
 WAYS = ("whole", "backend", "floor", *TOOLS)
@@ -36,26 +38,29 @@ def name(backend: str, count: int, kind: str, way: str) -> str:
 def measure(counts: tuple[int, ...], rounds: int) -> dict[str, Spread]:
     """The times of an apply, by `name`."""
     found: dict[str, Spread] = {}
-    for count in counts:
+    for size in counts:
         for kind, plan_of in KINDS.items():
-            found.update(_measured(count, kind, plan_of(count), rounds))
+            found.update(_measured(size, kind, partial(plan_of, size), rounds))
     return found
 
 
-def _measured(count: int, kind: str, plan: CapturePlan, rounds: int) -> dict[str, Spread]:
+def _measured(size: int, kind: str, make: Callable[[int], CapturePlan], rounds: int) -> dict[str, Spread]:
     with ExitStack() as stack:
         turns: dict[str, Callable[[], float]] = {}
         for backend in BUILT_IN:
-            for way, subject in _subjects(stack, backend, plan).items():
-                turns[name(backend, count, kind, way)] = _apply(Rested(subject))
+            for way, subject in _subjects(stack, backend, make(0)).items():
+                turns[name(backend, size, kind, way)] = _apply(subject, make)
         return interleaved([turns], rounds, warm_up=1)
 
 
-def _apply(subject: Rested) -> Callable[[], float]:
+def _apply(subject: Subject, make: Callable[[int], CapturePlan]) -> Callable[[], float]:
+    rested, turns = Rested(subject), count(1)
+
     def turn() -> float:
-        compile_plan.cache_clear()
-        took = subject.turn("apply")
-        subject.turn("clean")
+        if isinstance(subject, BackendAlone | Whole):
+            subject.take(make(next(turns)))
+        took = rested.turn("apply")
+        rested.turn("clean")
         return took
 
     return turn

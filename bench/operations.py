@@ -9,11 +9,10 @@ from contextlib import ExitStack
 from functools import partial
 
 from bench import places
-from bench.checked import xtables_lock
 from bench.measure import Spread, clock, interleaved, rested, spread
 from bench.plans import RULES, updated
 from bench.recording import record
-from bench.subjects import OPERATIONS, BackendAlone, CheckedFloor, Exec, Floor, Operation, Subject, Whole, exec_texts
+from bench.subjects import OPERATIONS, BackendAlone, Entered, Exec, Floor, Operation, Subject, Whole, exec_texts
 from netapply.backend import BUILT_IN
 from netapply.kernel import NETLINK_NETFILTER
 from netapply.lab import Place
@@ -21,7 +20,7 @@ from netapply.netlink import open_netlink
 from netapply.plan import CapturePlan
 
 UPDATES: tuple[Operation, Operation] = ("update", "apply")  # of rules that stand, `apply` is one as well
-WAYS = ("whole", "backend", "checked", "floor", "exec")
+WAYS = ("whole", "entered", "backend", "floor", "exec")
 
 
 def name(backend: str, operation: str, way: str) -> str:
@@ -53,12 +52,11 @@ def subjects_of(
     """A namespace for each of these ways of one dialect, and the ways at work there; all are gone with the stack."""
     second = updated(first)
     state = stack.enter_context(_state())
-    lock = stack.enter_context(xtables_lock())
     cycle = record(stack.enter_context(places.place()).fd, state, backend, first, second)
     makers: dict[str, Callable[[Place], Subject]] = {
         "whole": lambda spot: Whole(spot, state, backend, first, second),
+        "entered": lambda spot: Entered(spot, backend, first, second),
         "backend": lambda spot: BackendAlone(spot, backend, first, second),
-        "checked": lambda spot: CheckedFloor(spot, cycle, lock),
         "floor": lambda spot: Floor(spot, cycle),
         "exec": lambda spot: Exec(spot, backend, exec_texts(backend, first, second)),
     }

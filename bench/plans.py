@@ -19,13 +19,13 @@ def updated(plan: CapturePlan) -> CapturePlan:
     return plan._replace(outbound=plan.outbound._replace(ports=plan.outbound.ports._replace(exclude=excluded)))
 
 
-def excluding_cidrs(count: int) -> CapturePlan:
-    """`count` IPv4 blocks of 256 addresses, none beside another, so that nothing can be merged."""
-    blocks = tuple(Cidr((0x0B000000 + (number << 9)).to_bytes(4), 24) for number in range(count))
+def excluding_cidrs(count: int, since: int = 0) -> CapturePlan:
+    """`count` IPv4 blocks of 256 addresses, none beside another, so that none can be merged, from the `since`th on."""
+    blocks = tuple(Cidr((0x0B000000 + (number << 9)).to_bytes(4), 24) for number in range(since, since + count))
     return RULES._replace(outbound=Outbound(cidrs=OutboundCidrs(exclude=blocks)))
 
 
-def excluding_ports(count: int) -> CapturePlan:
-    """`count` outbound ports, none beside another."""
-    ports = tuple(PortRange(number, number) for number in range(1024, 1024 + 2 * count, 2))
+def excluding_ports(count: int, since: int = 0) -> CapturePlan:
+    """`count` outbound ports, none beside another; from the `since`th on."""
+    ports = tuple(PortRange(1024 + 2 * number, 1024 + 2 * number) for number in range(since, since + count))
     return RULES._replace(outbound=Outbound(ports=OutboundPorts(exclude=ports)))

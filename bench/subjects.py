@@ -2,8 +2,9 @@
 
 whole     `netapply.open` once, then `Capture.apply` and `clean` as anybody calls them: detection, journal, reading
           before and after, open connections counted
-backend   the backend alone over a kept namespace: read, encode, commit. No journal, no proof
-checked   kept bytes behind the least look that is safe (`bench.checked`)
+entered   the backend alone, and the way in and out as well: enter, open a socket, read, encode, commit, let go
+backend   the backend alone over a namespace that stays open: read, encode, commit. No journal, no proof. What it has
+          put somewhere before it knows in bytes, and what it has read while nothing changed
 floor     kept bytes over kept sockets, and nothing else (`bench.replay`)
 exec      the dialect's own tool, started with the text of the same rules; both families where it takes two
 """
@@ -18,16 +19,16 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import netapply
-from bench.checked import Checked, tables_of
 from bench.measure import clock
 from bench.programs import run
 from bench.recording import Cycle
-from bench.replay import Call, Sockets, play
+from bench.replay import Sockets, play
 from netapply.backend import Backend, find_backend
 from netapply.compiler import compile_plan
 from netapply.lab import Place
 from netapply.namespace import Namespace
 from netapply.plan import CapturePlan
+from netapply.ruleset import Ruleset
 
 Operation: TypeAlias = Literal["apply", "update", "clean"]
 OPERATIONS: tuple[Operation, ...] = ("apply", "update", "clean")
@@ -65,14 +66,17 @@ class Whole:
 
     def __init__(self, place: Place, state: str, backend: str, first: CapturePlan, second: CapturePlan) -> None:
         self._capture = netapply.open(place.fd, state_directory=state)
-        self._work = {
-            "apply": lambda: self._capture.apply(first, backend=backend),
-            "update": lambda: self._capture.apply(second, backend=backend),
-            "clean": self._capture.clean,
-        }
+        self._backend = backend
+        self._plans = {"apply": first, "update": second}
+
+    def take(self, plan: CapturePlan) -> None:
+        """Have `apply` put up this plan from now on."""
+        self._plans["apply"] = plan
 
     def do(self, operation: Operation) -> float:
-        return clock(self._work[operation])
+        if operation == "clean":
+            return clock(self._capture.clean)
+        return clock(lambda: self._capture.apply(self._plans[operation], backend=self._backend))
 
     def close(self) -> None:
         self._capture.close()
@@ -87,16 +91,41 @@ class BackendAlone:
         dialect = self._backend.dialect
         self._wanted = {"apply": compile_plan(first, dialect), "update": compile_plan(second, dialect), "clean": None}
 
+    def take(self, plan: CapturePlan) -> None:
+        """Have `apply` put up this plan from now on."""
+        self._wanted["apply"] = compile_plan(plan, self._backend.dialect)
+
+    def do(self, operation: Operation) -> float:
+        return clock(lambda: bring(self._backend, self._namespace, self._wanted[operation]))
+
+    def close(self) -> None:
+        self._namespace.close()
+
+
+class Entered:
+    """The same in a namespace that is opened for it."""
+
+    def __init__(self, place: Place, backend: str, first: CapturePlan, second: CapturePlan) -> None:
+        self._fd = place.fd
+        self._backend: Backend = find_backend(backend)
+        dialect = self._backend.dialect
+        self._wanted = {"apply": compile_plan(first, dialect), "update": compile_plan(second, dialect), "clean": None}
+
     def do(self, operation: Operation) -> float:
         return clock(lambda: self._bring(operation))
 
     def _bring(self, operation: Operation) -> None:
-        snapshot = self._backend.read(self._namespace)
-        for step in self._backend.encode(snapshot, self._wanted[operation]):
-            self._backend.commit(self._namespace, step)
+        with Namespace.open(self._fd) as namespace:
+            bring(self._backend, namespace, self._wanted[operation])
 
     def close(self) -> None:
-        self._namespace.close()
+        """Nothing is open."""
+
+
+def bring(backend: Backend, namespace: Namespace, wanted: Ruleset | None) -> None:
+    """Have the namespace hold these rules of ours."""
+    for step in backend.encode(backend.read(namespace), wanted):
+        backend.commit(namespace, step)
 
 
 class Floor:
@@ -105,26 +134,6 @@ class Floor:
     def __init__(self, place: Place, cycle: Cycle) -> None:
         self._sockets = place.inside(lambda: Sockets([*cycle.apply, *cycle.update, *cycle.clean]))
         self._calls = {operation: self._sockets.calls(getattr(cycle, operation)) for operation in OPERATIONS}
-
-    def do(self, operation: Operation) -> float:
-        return clock(lambda: play(self._calls[operation]))
-
-    def close(self) -> None:
-        self._sockets.close()
-
-
-class CheckedFloor:
-    """The same behind a look. One cycle goes ahead, to learn what iptables-legacy's tables hold before each change."""
-
-    def __init__(self, place: Place, cycle: Cycle, lock: int) -> None:
-        self._sockets = place.inside(lambda: Sockets([*cycle.apply, *cycle.update, *cycle.clean]))
-        checked = Checked(self._sockets, lock)
-        self._calls: dict[Operation, tuple[Call, ...]] = {}
-        for operation in OPERATIONS:
-            requests = getattr(cycle, operation)
-            tables = tables_of(self._sockets, requests)
-            self._calls[operation] = checked.calls(requests, tables)
-            play(self._calls[operation])
 
     def do(self, operation: Operation) -> float:
         return clock(lambda: play(self._calls[operation]))

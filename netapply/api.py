@@ -13,12 +13,11 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from netapply import core
-from netapply.detection import detect
 from netapply.journal import Journal
 from netapply.namespace import Namespace
 from netapply.ownership import Adoption
 from netapply.plan import CapturePlan
-from netapply.results import Detection, Diff, Result, RuleCounter
+from netapply.results import Detection, Diff, Live, Result, RuleCounter
 
 
 class CaptureLike(Protocol):
@@ -109,13 +108,17 @@ class Capture:
         """See `netapply.core.clean`."""
         return core.clean(self.namespace, backend=backend, layout=layout, adopt=adopt, journal=self.journal)
 
+    def live(self, *, backend: str = "auto", layout: str = "netapply") -> tuple[Live, ...]:
+        """See `netapply.core.live`."""
+        return core.live(self.namespace, backend=backend, layout=layout, journal=self.journal)
+
     def show(self, *, backend: str = "auto", layout: str = "netapply") -> tuple[RuleCounter, ...]:
         """See `netapply.core.show`."""
         return core.show(self.namespace, backend=backend, layout=layout, journal=self.journal)
 
-    def detect(self) -> Detection:
-        """See `netapply.detection.detect`."""
-        return detect(self.namespace)
+    def detect(self, *, layout: str = "netapply") -> Detection:
+        """See `netapply.core.detect`."""
+        return core.detect(self.namespace, layout=layout, journal=self.journal)
 
     def close(self) -> None:
         """Let go of the namespace; nothing keeps it alive some 50 ms later."""

@@ -15,11 +15,14 @@ talk to one `Kernel`:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from functools import cache
+from typing import Literal, Protocol, TypeAlias
 
 from netapply.errors import UnsupportedError
 from netapply.kernel import Kernel
+from netapply.remembered import remembered
 from netapply.ruleset import Chain, Family, Rule, Ruleset, Table
+from netapply.values import NamedTuple
 
 #: table family, table name, chain name, index in head + rules -> (packets, bytes)
 Counters: TypeAlias = Mapping[tuple[str, str, str, int], tuple[int, int]]
@@ -79,6 +82,7 @@ STRANGE = "<"
 STRANGE_RULE = "a rule that is not one of ours"
 
 
+@remembered(16)
 def readable(ruleset: Ruleset | None) -> Ruleset | None:
     """The rule set without what is strange in it: all of a damaged state that can be put back."""
     if ruleset is None:
@@ -118,7 +122,11 @@ class Probe(NamedTuple):
 
 
 class Step(Protocol):
-    """One change, atomic in the kernel. `name` says it in the field's words: "replace table ip nat"."""
+    """One change. `name` says it in the field's words: "replace table ip nat".
+
+    A step may also have `atomic`, true where the kernel does all of it at once: who dies in it leaves what was or what
+    should be. Before others, and before several, the journal is written.
+    """
 
     @property
     def name(self) -> str: ...
@@ -134,7 +142,7 @@ class Snapshot(Protocol):
 
     @property
     def counters(self) -> Counters:
-        """Packets and bytes of each of our rules."""
+        """Packets and bytes of each of our rules, at the latest when `Kernel.memory` was empty."""
         ...
 
     @property
@@ -188,6 +196,7 @@ def families_of(ruleset: Ruleset) -> tuple[Family, ...]:
     return both if "inet" in seen else tuple(family for family in both if family in seen)
 
 
+@cache
 def find_backend(name: str) -> Backend:
     """The backend of this name: built in, or registered under the entry-point group `netapply.backends`."""
     from importlib import import_module

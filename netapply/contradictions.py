@@ -6,13 +6,14 @@ those has a fault of its own already, the contradiction is not looked for. Doubt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from netapply.errors import Fault
 from netapply.fields import shorten
 from netapply.plan import Owners, plan_of
 from netapply.spans import Spans
 from netapply.spelling import write_address, write_mark, write_range
+from netapply.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -37,9 +38,10 @@ def _no_exemption(plan: CapturePlan) -> Iterator[Fault]:
 
 def _ports_of_proxy(plan: CapturePlan) -> Iterator[Fault]:
     proxy = plan.proxy
+    # Both directions may have one port, as Istio 1.4 has it; lint doubts that.
     used = {proxy.outbound_port: "proxy.outbound_port"}
-    others: list[tuple[str, int | None]] = [("proxy.inbound_port", proxy.inbound_port)]
-    others.append(("proxy.tunnel_port", proxy.tunnel_port))
+    used.setdefault(proxy.inbound_port, "proxy.inbound_port")
+    others: list[tuple[str, int | None]] = [("proxy.tunnel_port", proxy.tunnel_port)]
     if plan.dns.capture != "none" and not plan.dns.addresses:
         others.append(("dns.port", plan.dns.port))
     for path, port in others:
@@ -82,7 +84,6 @@ def _excluded_again(
 def _nobody(plan: CapturePlan) -> Iterator[Fault]:
     places: list[tuple[str, object]] = [
         ("proxy.self_calls", plan.proxy.self_calls),
-        ("outbound.owners.include", plan.outbound.owners.include),
         *(
             (f"outbound.exclude_for_owners[{i}]", each.owners)
             for i, each in enumerate(plan.outbound.exclude_for_owners)
@@ -107,13 +108,7 @@ def _interfaces(plan: CapturePlan) -> Iterator[Fault]:
             yield Fault(path, "'lo'", "the loopback interface cannot be rerouted")
         if name in seen:
             yield Fault(path, shorten(name), "name each interface once, with all its blocks")
-        if any(_name_covers(excluded, name) for excluded in plan.interfaces.exclude):
-            yield Fault(path, shorten(name), "interfaces.exclude has it too: drop one")
         seen.add(name)
-
-
-def _name_covers(pattern: str, name: str) -> bool:
-    return pattern == name or (pattern.endswith("+") and name.startswith(pattern[:-1]))
 
 
 def _dns_servers(plan: CapturePlan) -> Iterator[Fault]:
@@ -122,8 +117,6 @@ def _dns_servers(plan: CapturePlan) -> Iterator[Fault]:
         return
     if not dns.servers and dns.udp_exempt == "outbound":  # Istio 1.11 writes its exemptions without a server, too
         yield Fault("dns.servers", "an empty list", 'list the servers, or write capture: "all" for any server')
-    elif plan.ipv6 == "skip" and _only_ip6(dns.servers):
-        yield Fault("dns.servers", "IPv6 alone", "with ipv6: skip, list IPv4 servers too")
 
 
 def _dns_addresses(plan: CapturePlan) -> Iterator[Fault]:
@@ -175,10 +168,10 @@ CONTRADICTIONS = (
     Contradiction(("inbound.ports",), _inbound_ports),
     Contradiction(("outbound.ports",), _outbound_ports),
     Contradiction(("outbound.owners",), _owners_twice),
-    Contradiction(("proxy.self_calls", "outbound.owners.include", "outbound.exclude_for_owners"), _nobody),
+    Contradiction(("proxy.self_calls", "outbound.exclude_for_owners"), _nobody),
     Contradiction(("outbound.exclude_for_owners",), _exceptions_without_ports),
-    Contradiction(("interfaces",), _interfaces),
-    Contradiction(("dns.capture", "dns.servers", "ipv6"), _dns_servers),
+    Contradiction(("interfaces.reroute",), _interfaces),
+    Contradiction(("dns.capture", "dns.servers"), _dns_servers),
     Contradiction(("dns.addresses", "ipv6"), _dns_addresses),
     Contradiction(("outbound.cidrs.include", "interfaces.reroute", "ipv6"), _only_ip6_captured),
     Contradiction(("proxy.mark", "inbound.tproxy", "inbound.mode"), _same_marks),

@@ -1,4 +1,4 @@
-"""The operations: apply, diff, verify, clean, show. Synchronous; the namespace is an explicit argument.
+"""The operations: apply, diff, verify, clean, live, show, detect. Synchronous; the namespace is an explicit argument.
 
 with Namespace.open("pod-1") as namespace:
     result = apply(namespace, plan)
@@ -9,16 +9,15 @@ with Namespace.open("pod-1") as namespace:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
-from netapply import routing
+from netapply import detection, routing
 from netapply.backend import Backend, Owned, find_backend
 from netapply.compiler import compile_plan, compile_routing
 from netapply.detection import PREFERENCE, UNSUPPORTED, Held, choose, holding_ours, lacking, next_usable, probe
-from netapply.differences import ruleset_changes
+from netapply.differences import ruleset_changes, with_paths
 from netapply.errors import ApplyError, JournalError, KernelError, NetapplyError, UnsupportedError
 from netapply.existing import existing_flows, treated_otherwise
 from netapply.features import degrade
@@ -26,9 +25,11 @@ from netapply.journal import Entry, Files, Journal, State
 from netapply.namespace import Namespace
 from netapply.ownership import NOTHING, Adopted, Adoption, ownership
 from netapply.plan import CapturePlan
-from netapply.results import Change, Diff, Result, RuleCounter
+from netapply.remembered import remembered
+from netapply.results import Change, Detection, Diff, Live, Result, RuleCounter
 from netapply.ruleset import Routing, Ruleset
 from netapply.transaction import Transaction
+from netapply.values import NamedTuple
 
 NOWHERE = State(None, Routing())
 
@@ -46,7 +47,7 @@ class _Session(NamedTuple):
 def _session(namespace: Namespace, journal: Journal) -> Generator[_Session]:
     """Take the namespace's journal, and first of all finish or undo what an interrupted run left."""
     try:
-        files = journal.acquire(namespace.identity, namespace.lock_timeout)
+        files = journal.acquire(namespace.identity, namespace.lock_timeout, namespace.memory)
     except JournalError as error:
         if journal.chosen:
             raise
@@ -79,10 +80,19 @@ def compiled(
     namespace: Namespace, plan: CapturePlan, backend: Backend, missing: Mapping[str, str], layout: str
 ) -> tuple[State, CapturePlan, tuple[str, ...]]:
     """What the namespace should hold, the plan that it is of, and what had to be left out."""
+    effective, degraded, routing, ruleset = _compiled(plan, backend, missing, layout)
+    wanted, without = possible(namespace, routing)
+    return State(ruleset, wanted), effective, degraded + without
+
+
+@remembered(32)
+def _compiled(
+    plan: CapturePlan, backend: Backend, missing: Mapping[str, str], layout: str
+) -> tuple[CapturePlan, tuple[str, ...], Routing, Ruleset]:
+    """The plan without what is missing, what that is, and what the rest compiles to."""
     effective, degraded = degrade(plan, backend.name, missing)
     dialect = backend.dialect if "sets" not in missing else backend.dialect._replace(sets_from=0)
-    wanted, without = possible(namespace, compile_routing(effective))
-    return State(compile_plan(effective, dialect, layout), wanted), effective, degraded + without
+    return effective, degraded, compile_routing(effective), compile_plan(effective, dialect, layout)
 
 
 def apply(
@@ -229,7 +239,7 @@ def clean(
         for name in held or PREFERENCE[:1]:
             entry = Entry(True, name, NOWHERE, NOWHERE, known)
             transaction = Transaction(namespace, find_backend(name), owned, session.files, adopted=adopted.routing)
-            outcome = transaction.run(entry)
+            outcome = transaction.run(entry, settle=False)
             steps += outcome.steps
             known = outcome.created
         if session.files:
@@ -267,7 +277,7 @@ def verify(
     """
     if plan is not None:
         return diff(namespace, plan, backend=backend, layout=layout)
-    files = (journal or Journal()).acquire(namespace.identity, namespace.lock_timeout)
+    files = (journal or Journal()).acquire(namespace.identity, namespace.lock_timeout, namespace.memory)
     try:
         entry = files.load()
     finally:
@@ -295,38 +305,51 @@ def _changes(
     )
 
 
-def show(
+def live(
     namespace: Namespace, *, backend: str = "auto", layout: str = "netapply", journal: Journal | None = None
-) -> tuple[RuleCounter, ...]:
-    """Our live rules with their counters, in the dialect that holds them; () when nothing of ours is there.
+) -> tuple[Live, ...]:
+    """Our rules that stand, of each dialect that holds some ("auto") or of one; () when nothing of ours is there.
 
     The plan paths are those of the rules that the journal says were applied.
     """
     entry = _peek(namespace, journal or Journal())
-    applied = entry.desired.ruleset if entry else None
-    paths = {
-        (table.family, table.name, chain.name, rule): rule.path
-        for table, chain, _, rule in (applied or Ruleset()).walk()
-    }
-    found: list[RuleCounter] = []
-    owned = _owned(entry, layout)
-    held = holding_ours(namespace, owned, _also(entry))[0] if backend == "auto" else (backend,)
-    for name in held:
-        chosen = find_backend(name)
-        snapshot = chosen.read(namespace, owned)
-        counters = snapshot.counters
-        for table, chain, index, rule in (snapshot.ruleset or Ruleset()).walk():
-            packets, size = counters.get((table.family, table.name, chain.name, index), (0, 0))
-            text = chosen.render_rule(table, chain, rule)
-            path = paths.get((table.family, table.name, chain.name, rule), "")
-            found.append(RuleCounter(table.family, table.name, chain.name, index, text, packets, size, path))
+    owned, applied = _owned(entry, layout), entry.desired.ruleset if entry else None
+    namespace.forget()  # what is remembered was counted then
+    found: list[Live] = []
+    for name in holding_ours(namespace, owned, _also(entry))[0] if backend == "auto" else (backend,):
+        snapshot = find_backend(name).read(namespace, owned)
+        found.append(Live(name, with_paths(snapshot.ruleset, applied), snapshot.counters))
     return tuple(found)
+
+
+def show(
+    namespace: Namespace, *, backend: str = "auto", layout: str = "netapply", journal: Journal | None = None
+) -> tuple[RuleCounter, ...]:
+    """The rules of `live`, each as its dialect's tool prints it, with its counters."""
+    return rule_counters(live(namespace, backend=backend, layout=layout, journal=journal))
+
+
+def rule_counters(standing: Iterable[Live]) -> tuple[RuleCounter, ...]:
+    """Every rule with what it counted. Pure."""
+    found: list[RuleCounter] = []
+    for each in standing:
+        chosen = find_backend(each.backend)
+        for table, chain, index, rule in each.ruleset.walk():
+            packets, size = each.counters.get((table.family, table.name, chain.name, index), (0, 0))
+            text = chosen.render_rule(table, chain, rule)
+            found.append(RuleCounter(table.family, table.name, chain.name, index, text, packets, size, rule.path))
+    return tuple(found)
+
+
+def detect(namespace: Namespace, *, layout: str = "netapply", journal: Journal | None = None) -> Detection:
+    """Every backend's state here, and the one that `auto` takes: see `netapply.detection.detect`. Changes nothing."""
+    return detection.detect(namespace, _owned(_peek(namespace, journal or Journal()), layout))
 
 
 def _peek(namespace: Namespace, journal: Journal) -> Entry | None:
     """The journal's entry where there is one to be read; what is shown does not depend on it."""
     try:
-        files = journal.acquire(namespace.identity, namespace.lock_timeout)
+        files = journal.acquire(namespace.identity, namespace.lock_timeout, namespace.memory)
     except NetapplyError:
         return None
     try:
@@ -341,8 +364,15 @@ def _owned(
     entry: Entry | None, layout: str = "netapply", desired: Ruleset | None = None, adopted: Adopted = NOTHING
 ) -> Owned:
     """What is ours in a namespace whose journal says `entry`."""
-    known = (entry.before.ruleset, entry.desired.ruleset) if entry else ()
-    return ownership(layout, (*known, desired), adopted)
+    known = (entry.before.ruleset, entry.desired.ruleset) if entry else (None, None)
+    return _owned_by(layout, *known, desired, adopted)
+
+
+@remembered(32)
+def _owned_by(
+    layout: str, before: Ruleset | None, applied: Ruleset | None, desired: Ruleset | None, adopted: Adopted
+) -> Owned:
+    return ownership(layout, (before, applied, desired), adopted)
 
 
 def _also(entry: Entry | None) -> tuple[str, ...]:

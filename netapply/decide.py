@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from netapply.flow import TCP, UDP, Decision, Flow
-from netapply.plan import CapturePlan, Everything, OwnerException, Owners, plan_of
+from netapply.plan import CapturePlan, Everything, OwnerException, Owners, path_of, plan_of
 from netapply.ruleset import Cidr, PortRange
 
 DNS_PORT = 53
@@ -22,7 +22,12 @@ def decide(plan: CapturePlan, flow: Flow) -> Decision:
     Only new connections are captured: a flow that existed before stays as it was. A packet over `lo` is an
     outbound flow; its second sight, inbound, is never decided again.
     """
-    plan = plan_of(plan, flow.family)
+    decision = _decide(plan_of(plan, flow.family), flow)
+    return decision._replace(path=path_of(plan, flow.family, decision.path))
+
+
+def _decide(plan: CapturePlan, flow: Flow) -> Decision:
+    """Of a plan that both families share."""
     if flow.family == "ip6" and plan.ipv6 == "skip":
         return Decision("bypass", path="ipv6")
     decision = _outbound(plan, flow) if flow.direction == "outbound" else _entering(plan, flow)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from netapply.backend import BUILT_IN, OURS, Backend, Owned, Probe, find_backend
 from netapply.errors import ConflictError, KernelError, NetapplyError, UnsupportedError
 from netapply.kernel import Kernel
 from netapply.plan import CapturePlan
 from netapply.results import Candidate, Detection
+from netapply.values import NamedTuple
 
 #: As the name of a backend: the dialect of iptables that is in use in the namespace.
 IPTABLES = "iptables"
@@ -22,6 +22,8 @@ PREFERENCE = tuple(BUILT_IN)
 UNSUPPORTED = frozenset(
     (errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)
 )
+
+_NOTHING: Mapping[str, str] = {}
 
 #: What a kernel can do does not change while it runs; whether we may, does. So only good news is kept.
 _usable: dict[str, Probe] = {}
@@ -120,12 +122,14 @@ def pick(held: tuple[str, ...], wanted: str) -> tuple[Backend, str]:
     if len(held) > 1:
         raise ConflictError(
             f"rules of ours stand in {len(held)} dialects at once: {', '.join(held)}",
+            dialects=held,
             next_step="`netapply clean` removes them from all; then apply",
         )
     if wanted != "auto":
         if held and held[0] != wanted:
             raise ConflictError(
                 f"rules of ours already stand in {held[0]}, and {wanted} was asked for",
+                dialects=held,
                 next_step=f"`netapply clean` first, or apply with --backend {held[0]}",
             )
         return find_backend(wanted), "asked for"
@@ -149,7 +153,7 @@ def next_usable(kernel: Kernel) -> tuple[Backend, str]:
 def lacking(kernel: Kernel, backend: Backend, plan: CapturePlan) -> Mapping[str, str]:
     """What the kernel lacks of what the backend can do: asked where it is cheap, or where the plan leaves a choice."""
     if not plan.prefer and backend.dialect.families == "inet":
-        return {}
+        return _NOTHING
     found = probe(kernel, backend)
     if found.status != "usable":
         raise UnsupportedError(f"{backend.name} is {found.status} here: {found.reason}", next_step="netapply detect")

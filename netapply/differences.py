@@ -15,6 +15,25 @@ def ruleset_changes(backend: Backend, live: Ruleset | None, desired: Ruleset | N
     return (*_sets(old, new), *_chains(backend, old, new))
 
 
+def with_paths(live: Ruleset | None, applied: Ruleset | None) -> Ruleset:
+    """What stands, each rule with the plan path of its equal in the same chain of `applied`; "" where there is none."""
+    paths = {
+        (table.family, table.name, chain.name, rule): rule.path
+        for table, chain, _, rule in (applied or Ruleset()).walk()
+    }
+
+    def known(table: Table, chain: Chain, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        where = (table.family, table.name, chain.name)
+        return tuple(rule._replace(path=paths.get((*where, rule), "")) for rule in rules)
+
+    def told(table: Table, chain: Chain) -> Chain:
+        return chain._replace(head=known(table, chain, chain.head), rules=known(table, chain, chain.rules))
+
+    found = live or Ruleset()
+    tables = (table._replace(chains=tuple(told(table, chain) for chain in table.chains)) for table in found.tables)
+    return found._replace(tables=tuple(tables))
+
+
 def _sets(old: Ruleset, new: Ruleset) -> Iterator[Change]:
     for each in new.sets:
         if each not in old.sets:

@@ -8,9 +8,10 @@ no tags, no anchors or aliases, no merge keys, and of YAML's guesses only null, 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from netapply.errors import Fault, PlanError
+from netapply.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

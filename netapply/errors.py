@@ -9,6 +9,7 @@
     ├── KernelError          a system call or a netlink operation failed
     ├── DecodeError          bytes that should be ours are not well-formed
     ├── JournalError         the write-ahead journal cannot be written or read
+    ├── ValidationError      the rules that stand do not capture a connection
     ├── CancelledError       the caller gave up while the transaction ran
     └── ApplyError           the transaction failed; says whether the roll-back held
 
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 import errno as errno_names
 import os
-from typing import NamedTuple
+
+from netapply.values import NamedTuple
 
 
 class Fault(NamedTuple):
@@ -62,7 +64,14 @@ class NamespaceError(NetapplyError):
 
 
 class ConflictError(NetapplyError):
-    """Somebody else's, or another dialect's, rules are in the way."""
+    """Somebody else's, or another dialect's, rules are in the way.
+
+    `dialects` are those in which rules of ours stand; () where these are not what is in the way.
+    """
+
+    def __init__(self, message: str, *, dialects: tuple[str, ...] = (), next_step: str = "") -> None:
+        super().__init__(message, next_step=next_step)
+        self.dialects = dialects
 
 
 class LockError(NetapplyError):
@@ -96,6 +105,12 @@ class KernelError(NetapplyError):
 
 class GenerationChanged(KernelError):  # noqa: N818 - an event to be handled, named as the kernel's fact
     """Somebody changed the rule set between our read and our commit. Read again and retry."""
+
+
+class ValidationError(NetapplyError):
+    """No connection was captured. Istio's repair controller looks for this exit code."""
+
+    exit_code = 126
 
 
 class CancelledError(NetapplyError):

@@ -6,10 +6,11 @@ Pure. What it predicts is held against `decide`, and against packets and the ker
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
 from netapply.flow import Decision, Flow, Verdict
 from netapply.ruleset import Chain, Cidr, Match, NamedSet, PortRange, Rule, Ruleset, Table
+from netapply.values import NamedTuple
 
 #: A chain that jumps deeper than this is a loop (nf_tables.h: NFT_JUMP_STACK_SIZE).
 MAX_DEPTH = 16
@@ -53,7 +54,7 @@ class _Walk:
     def run(self) -> Trace:
         for table, chain in self._hooks():
             self._chain(table, chain, 0)
-            if self._fate is not None:
+            if self._fate is not None and self._fate.verdict != "tproxy":
                 break
         fate = self._fate or Decision("bypass", path=self._decided.rule.path if self._decided else "")
         return Trace(fate._replace(zone=self._zone), tuple(self._visits), self._decided)
@@ -94,10 +95,10 @@ class _Walk:
                 target = next(chain for chain in visit.table.chains if chain.name == statement.chain)
                 return True if self._chain(visit.table, target, depth + 1) else None
             case "return":
-                self._decided = visit
+                self._leave(visit)
                 return False
             case "accept":
-                self._decided = visit
+                self._leave(visit)
                 return True
             case "drop":
                 return self._end(visit, "drop")
@@ -106,6 +107,7 @@ class _Walk:
             case "dnat":
                 return self._end(visit, "dnat", statement.port, statement.address)
             case "tproxy":
+                self._mark = (self._mark & ~statement.mask) ^ statement.mark
                 return self._end(visit, "tproxy", statement.port)
             case "set-mark":
                 self._mark = (self._mark & ~statement.mask) ^ statement.value
@@ -123,9 +125,15 @@ class _Walk:
                 assert_never(statement)
         return None
 
+    def _leave(self, visit: Visit) -> None:
+        if self._fate is None:
+            self._decided = visit
+
     def _end(self, visit: Visit, verdict: Verdict, port: int = 0, address: bytes = b"") -> bool:
-        self._fate = Decision(verdict, port, address, path=visit.rule.path)
-        self._decided = visit
+        """The packet's fate. TPROXY has given it its socket, and only a drop takes it away; but it goes on to nat."""
+        if self._fate is None or verdict == "drop":
+            self._fate = Decision(verdict, port, address, path=visit.rule.path)
+            self._decided = visit
         return True
 
     def _holds(self, match: Match) -> bool:

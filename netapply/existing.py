@@ -21,6 +21,8 @@ _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2: family, protocol, extensions, states, (socket id)
 _MESSAGE = struct.Struct("=BBxx2s2s16s16s4x8x12xI4x")  # struct inet_diag_msg: …, ports, addresses, …, uid, inode
 _FAMILIES = {2: 4, 10: 16}  # AF_INET, AF_INET6: length of an address
+#: The file that counts the sockets of a family, and what stands before the number.
+_COUNTED = {2: ("net/sockstat", "\nTCP: inuse "), 10: ("net/sockstat6", "TCP6: inuse ")}
 
 
 def existing_flows(kernel: Kernel) -> tuple[Flow, ...]:
@@ -28,6 +30,8 @@ def existing_flows(kernel: Kernel) -> tuple[Flow, ...]:
     listening: set[int] = set()
     established: list[tuple[int, int, bytes, bytes, int]] = []
     for family, size in _FAMILIES.items():
+        if not _in_use(kernel, family):
+            continue
         for state, sport, dport, source, destination, uid in _sockets(kernel, family, size):
             if state == _LISTEN:
                 listening.add(sport)
@@ -42,6 +46,20 @@ def existing_flows(kernel: Kernel) -> tuple[Flow, ...]:
         elif not looped:
             flows.append(Flow("inbound", TCP, destination, source, dport, sport, ""))
     return tuple(flows)
+
+
+def _in_use(kernel: Kernel, family: int) -> bool:
+    """Whether the namespace has TCP sockets of this family, as its own count says (net/ipv4/proc.c).
+
+    Counting is at hand, while sock_diag walks the table of connections that all namespaces share.
+    """
+    name, line = _COUNTED[family]
+    try:
+        told = kernel.read_file(name)
+    except OSError:
+        return True  # without /proc/net nobody counts for us
+    _, found, rest = told.partition(line)
+    return not found or not rest.startswith("0")
 
 
 def treated_otherwise(flows: tuple[Flow, ...], before: Ruleset | None, after: Ruleset | None) -> int:

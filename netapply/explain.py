@@ -7,7 +7,6 @@ explain(backend, compile_plan(plan, backend.dialect), flow, plan).decided
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from netapply.backend import Backend, is_strange
 from netapply.decide import decide
@@ -17,6 +16,7 @@ from netapply.plan import CapturePlan
 from netapply.reasons import show_endpoint, why_not
 from netapply.ruleset import Match, NamedSet, Return, Rule, Ruleset, Statement
 from netapply.sights import complete, marked, outcome
+from netapply.values import NamedTuple
 
 
 class Place(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from netapply.errors import UnsupportedError
-from netapply.plan import CapturePlan, Ipv6Groups, Owners, plan_of
+from netapply.plan import CapturePlan, Owners, in_each_family, plan_of
 from netapply.ruleset import FAMILIES
 
 
@@ -42,16 +42,8 @@ def degrade(plan: CapturePlan, backend: str, missing: Mapping[str, str]) -> tupl
             next_step=f"add it, or plan without: {remedies}",
         )
     for name in lacking:
-        plan = _in_both(_WITHOUT[name], plan)
+        plan = in_each_family(plan, _WITHOUT[name])
     return plan, tuple(f"{name}: {_CONSEQUENCE[name]} ({missing[name]})" for name in lacking)
-
-
-def _in_both(without: Callable[[CapturePlan], CapturePlan], plan: CapturePlan) -> CapturePlan:
-    done = without(plan_of(plan, "ip"))
-    if plan.for_ipv6 is None:
-        return done
-    ip6 = without(plan_of(plan, "ip6"))
-    return done._replace(for_ipv6=Ipv6Groups(ip6.proxy, ip6.inbound, ip6.outbound, ip6.interfaces, ip6.dns))
 
 
 _WITHOUT: Mapping[str, Callable[[CapturePlan], CapturePlan]] = {

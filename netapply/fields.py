@@ -12,11 +12,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeGuard
 
 from netapply.documents import REPEATED, Repeated
 from netapply.errors import Fault
 from netapply.spelling import RefusedError
+from netapply.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from netapply.ruleset import CtState, Family
+from netapply.values import NamedTuple
 
 TCP, UDP = 6, 17
 

@@ -17,15 +17,25 @@ import time
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from functools import cache, lru_cache
+from typing import Any
 
 from netapply.errors import DecodeError, JournalError, LockError
 from netapply.nsfs import NamespaceId
 from netapply.record import hexed, routing_from_json, ruleset_from_json, ruleset_to_json
+from netapply.remembered import remembered
 from netapply.ruleset import Routing, Ruleset
+from netapply.values import NamedTuple
 
 DEFAULT_DIRECTORY = "/run/netapply"
 FORMAT = 1
+#: The name under which a namespace's memory has what was written of it last.
+_MEMORY = "journal"
+#: … and where its files are that stay open.
+_KEPT = "journal files"
+
+_PIECE = 1 << 20
+_json = json.JSONEncoder(default=hexed, separators=(",", ":"))
 
 
 class State(NamedTuple):
@@ -50,6 +60,13 @@ class Entry(NamedTuple):
     fingerprint: str = ""
 
 
+class _Written(NamedTuple):
+    """A file as it was written, and what it says: whoever finds the same bytes there knows the rest."""
+
+    data: bytes
+    entry: Entry
+
+
 class Journal:
     """The files of a state directory. Nothing is opened before it is used."""
 
@@ -58,51 +75,111 @@ class Journal:
         #: Whether somebody asked for this directory. If not, and it cannot be written, apply does without a journal.
         self.chosen = self.directory != DEFAULT_DIRECTORY
 
-    def acquire(self, identity: NamespaceId, timeout: float) -> Files:
-        """The files of one namespace, to nobody else until they are closed. Raises JournalError, LockError."""
+    def acquire(self, identity: NamespaceId, timeout: float, memory: dict[str, object] | None = None) -> Files:
+        """The files of one namespace, to nobody else until they are closed. Raises JournalError, LockError.
+
+        `memory` is that of the open namespace (`netapply.kernel.Kernel.memory`): what it knows is not decoded again.
+        """
+        # Taken out: who comes meanwhile, from another thread, opens files of his own and waits for this lock.
+        kept = None if memory is None else memory.pop(_KEPT, None)
         try:
-            directory = _open_directory(self.directory)
+            if not isinstance(kept, _Kept) or not kept.is_of(self.directory):
+                if isinstance(kept, _Kept):
+                    kept.close()
+                kept = _open_directory(self.directory)
+            return Files(kept, _name(identity), timeout, memory)
         except OSError as error:
-            raise JournalError(
-                f"state directory {self.directory}: {error.strerror}",
-                next_step="name a writable one on a tmpfs by --state-dir or NETAPPLY_STATE_DIR",
-            ) from error
-        try:
-            return Files(directory, _name(identity), timeout)
-        except OSError as error:
-            os.close(directory)
             raise JournalError(
                 f"state directory {self.directory} cannot be used: {error.strerror}",
                 next_step="name a writable one on a tmpfs by --state-dir or NETAPPLY_STATE_DIR",
             ) from error
-        except BaseException:
-            os.close(directory)
-            raise
+
+
+class _Kept:
+    """The state directory, open, and the lock file of one namespace: both outlast a command of an open namespace."""
+
+    def __init__(self, directory: int, path: str, status: os.stat_result) -> None:
+        self.directory = directory
+        self.lock = -1
+        self._path = path
+        self._status = _told(status)
+        self._process = os.getpid()
+
+    def is_of(self, path: str) -> bool:
+        """Whether this is still the directory of that path, and as private as it was.
+
+        A forked process opens its own: with the same open file it would share the lock.
+        """
+        if path != self._path or self._process != os.getpid():
+            return False
+        try:
+            return _told(os.stat(path, follow_symlinks=False)) == self._status
+        except OSError:
+            return False
+
+    def unlock(self, *, keep: bool) -> None:
+        """Let others in; `keep` the file open where it will be found again."""
+        if keep:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
+        else:
+            fd, self.lock = self.lock, -1
+            os.close(fd)
+
+    def close(self) -> None:
+        for fd in (self.lock, self.directory):
+            if fd >= 0:
+                os.close(fd)
+        self.lock = self.directory = -1
+
+
+def _told(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_mode, status.st_uid
 
 
 class Files:
     """One namespace's journal file, below an open directory, under an exclusive lock until `close`."""
 
-    def __init__(self, directory: int, name: str, timeout: float) -> None:
-        self._directory = directory
+    def __init__(self, kept: _Kept, name: str, timeout: float, memory: dict[str, object] | None) -> None:
+        self._kept = kept
+        self._keeps = memory is not None
+        self._directory = kept.directory
         self._name = name
         self._pending = f"{name}.pending"
+        self._memory = {} if memory is None else memory
         self._begun: Entry | None = None
-        self._lock = _lock(directory, f"{name}.lock", timeout)
+        self._may_be_pending = True
+        self._lock_is_gone = False
+        try:
+            kept.lock = _lock(kept, f"{name}.lock", timeout)
+        except BaseException:
+            kept.close()
+            raise
 
     def close(self) -> None:
         """Let others in."""
-        os.close(self._lock)
-        os.close(self._directory)
+        if not self._keeps:
+            self._kept.close()
+            return
+        self._kept.unlock(keep=not self._lock_is_gone)
+        if self._memory.setdefault(_KEPT, self._kept) is not self._kept:
+            self._kept.close()
 
     def load(self) -> Entry | None:
         """The entry; None when there is none, or it is from before the machine started. Raises JournalError."""
-        pending = self._read(self._pending)
-        data = self._read(self._name) if pending is None else pending
-        return None if data is None else _decode(data, self._name, pending=pending is not None)
+        data = self._read(self._pending)
+        self._may_be_pending = pending = data is not None
+        if data is None:
+            data = self._read(self._name)
+        if data is None:
+            return None
+        known = self._memory.get(_MEMORY)
+        if isinstance(known, _Written) and known.data == data:
+            return known.entry if known.entry.pending == pending else known.entry._replace(pending=pending)
+        return _decode(data, self._name, pending=pending)
 
     def begin(self, entry: Entry) -> None:
         """Write the entry of a run before its first change: on the disk, whole, when this returns."""
+        self._may_be_pending = True
         self._write(entry, self._pending)
         self._begun = entry
 
@@ -113,21 +190,23 @@ class Files:
             with _said("the journal cannot be written"):
                 os.rename(self._pending, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
                 os.fsync(self._directory)
+            self._begun, self._may_be_pending = None, False
         else:
             self._write(entry, self._name)
-            self._unlink(self._pending)
-        self._begun = None
+            self.discard()
 
     def discard(self) -> None:
         """The run was undone, and what the journal said before it began is true again."""
-        self._unlink(self._pending)
-        self._begun = None
+        if self._may_be_pending:
+            self._unlink(self._pending)
+        self._begun, self._may_be_pending = None, False
 
     def forget(self) -> None:
         """Nothing of ours is left in the namespace: neither are its files."""
         self._unlink(self._name)
         self.discard()
         self._unlink(f"{self._name}.lock")
+        self._lock_is_gone = True
 
     def set_aside(self) -> str:
         """Rename files that cannot be read, and return the new name of one."""
@@ -144,8 +223,14 @@ class Files:
             return None
         except OSError as error:  # a link
             raise JournalError(f"journal {name} cannot be read: {error.strerror}") from error
-        with _said("the journal cannot be read"), os.fdopen(fd, "rb") as file:
-            return file.read()
+        with _said("the journal cannot be read"):
+            try:
+                parts: list[bytes] = []
+                while not parts or parts[-1]:
+                    parts.append(os.read(fd, _PIECE))
+                return b"".join(parts)
+            finally:
+                os.close(fd)
 
     def _write(self, entry: Entry, name: str) -> None:
         data = _encode(entry)
@@ -162,6 +247,7 @@ class Files:
                 os.close(fd)
             os.rename(temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             os.fsync(self._directory)
+        self._memory[_MEMORY] = _Written(data, entry._replace(pending=name == self._pending))
 
     def _unlink(self, name: str) -> None:
         with _said("the journal cannot be removed"), suppress(FileNotFoundError):
@@ -182,25 +268,25 @@ def _name(identity: NamespaceId) -> str:
     return f"{identity.device}-{identity.inode}-{identity.cookie}"
 
 
-def _lock(directory: int, name: str, timeout: float) -> int:
+def _lock(kept: _Kept, name: str, timeout: float) -> int:
     """The lock file, open and locked. Who waited for one that `forget` has removed meanwhile takes the next."""
     deadline = time.monotonic() + timeout
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
-        try:
-            while not _locked(fd):
-                if time.monotonic() >= deadline:
-                    raise LockError(
-                        f"another netapply has been at work on this namespace for more than {timeout:g} s",
-                        next_step="wait for it, or allow more by --lock-timeout",
-                    )
-                time.sleep(0.005)
-            with suppress(FileNotFoundError):
-                if os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
-                    return fd
-        except BaseException:
-            os.close(fd)
-            raise
+        if kept.lock < 0:
+            kept.lock = os.open(name, flags, 0o600, dir_fd=kept.directory)
+        while not _locked(kept.lock):
+            if time.monotonic() >= deadline:
+                raise LockError(
+                    f"another netapply has been at work on this namespace for more than {timeout:g} s",
+                    next_step="wait for it, or allow more by --lock-timeout",
+                )
+            time.sleep(0.005)
+        with suppress(FileNotFoundError):
+            there = os.stat(name, dir_fd=kept.directory, follow_symlinks=False)
+            if there.st_ino == os.fstat(kept.lock).st_ino:
+                return kept.lock
+        fd, kept.lock = kept.lock, -1
         os.close(fd)
 
 
@@ -212,7 +298,7 @@ def _locked(fd: int) -> bool:
     return True
 
 
-def _open_directory(path: str) -> int:
+def _open_directory(path: str) -> _Kept:
     """The state directory, made if need be; refused unless it is ours alone."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -224,29 +310,42 @@ def _open_directory(path: str) -> int:
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
         os.close(fd)
         raise OSError(errno.EPERM, "must be a directory of our own with mode 0700")
-    return fd
+    return _Kept(fd, path, status)
 
 
+@cache
 def _boot() -> str:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
 
 
 def _encode(entry: Entry) -> bytes:
-    body = {
-        "format": FORMAT,
-        "boot": _boot(),
-        "backend": entry.backend,
-        "layout": entry.layout,
-        "fingerprint": entry.fingerprint,
-        "before": [ruleset_to_json(entry.before.ruleset), entry.before.routing],
-        "desired": [ruleset_to_json(entry.desired.ruleset), entry.desired.routing],
-        "created": entry.created,
-        "pid": os.getpid(),
-        "time": round(time.time(), 3),
-    }
-    text = json.dumps(body, default=hexed, separators=(",", ":")).encode()
+    _, backend, before, desired, created, layout, fingerprint = entry
+    head = _head(backend, layout, fingerprint, created)
+    states = f'"before":{_state_text(before)},"desired":{_state_text(desired)}'
+    text = f'{head},{states},"pid":{os.getpid()},"time":{time.time():.3f}}}'.encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
+@lru_cache(64)
+def _head(backend: str, layout: str, fingerprint: str, created: Routing) -> str:
+    """The JSON object that an entry is, as far as this goes and without its closing brace."""
+    head = {"format": FORMAT, "boot": _boot(), "backend": backend, "layout": layout, "fingerprint": fingerprint}
+    return _json.encode({**head, "created": created})[:-1]
+
+
+def _state_text(state: State) -> str:
+    return f"[{_ruleset_text(state.ruleset)},{_routing_text(state.routing)}]"
+
+
+@lru_cache(64)
+def _routing_text(routing: Routing) -> str:
+    return _json.encode(routing)
+
+
+@remembered(16)
+def _ruleset_text(ruleset: Ruleset | None) -> str:
+    return _json.encode(ruleset_to_json(ruleset))
 
 
 def _decode(data: bytes, name: str, *, pending: bool) -> Entry | None:

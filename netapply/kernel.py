@@ -8,9 +8,10 @@ all that can happen to a namespace.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from netapply.ruleset import Family
+from netapply.values import NamedTuple
 
 T = TypeVar("T")
 
@@ -35,6 +36,15 @@ class Kernel(Protocol):
     def lock_timeout(self) -> float:
         """Seconds to wait for the xtables lock."""
         ...
+
+    @property
+    def memory(self) -> dict[str, object]:
+        """What is remembered of this namespace, each value under a name of its own, for as long as it is open.
+
+        A value is replaced, never changed, so any thread may take it; whoever does proves by the kernel that it
+        still holds. A kernel may also remember nothing, as this one.
+        """
+        return {}
 
     def netlink(self, protocol: NetlinkProtocol, request: bytes) -> list[bytes]:
         """Send one request (a dump, a get, or a whole nfnetlink batch) and return every datagram of the answer.

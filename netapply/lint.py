@@ -9,12 +9,13 @@ Each rule is a small generator in the table `RULES`. What cannot work at all is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from netapply.plan import CapturePlan, IdRange, Owners, plan_of
 from netapply.ruleset import FAMILIES, Cidr, Family
 from netapply.spans import Spans, span_of
 from netapply.spelling import write_address, write_cidr, write_mark, write_range
+from netapply.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -68,6 +69,13 @@ def proxy_captured(plan: CapturePlan) -> Iterator[LintWarning]:
                 yield LintWarning(f"outbound.owners.include.{kind}", message, "leave it out")
 
 
+def nobody_captured(plan: CapturePlan) -> Iterator[LintWarning]:
+    """The owners whose traffic is to be captured are none."""
+    if plan.outbound.owners.include == Owners():
+        message = "nobody's outbound traffic is captured"
+        yield LintWarning("outbound.owners.include", message, 'name an owner, or write "*"')
+
+
 def exceptions_without_effect(plan: CapturePlan) -> Iterator[LintWarning]:
     """Owners with an exception are exempt altogether."""
     exclude, proxy = plan.outbound.owners.exclude, plan.proxy
@@ -106,6 +114,17 @@ def cgroups_absent(plan: CapturePlan) -> Iterator[LintWarning]:
             if not cgroup.id:
                 message = f"there is no cgroup {cgroup.path} here, and the kernel refuses rules for absent ones"
                 yield LintWarning(f"{path}.cgroups", message, "create it before apply, or add cgroups to prefer")
+
+
+# --- ports ---------------------------------------------------------------------------------------------------
+
+
+def one_port_for_both(plan: CapturePlan) -> Iterator[LintWarning]:
+    """Inbound and outbound connections go to the same port."""
+    port, mode = plan.proxy.inbound_port, plan.inbound.mode
+    if port == plan.proxy.outbound_port and mode != "none":
+        message = f"{port} is proxy.outbound_port too: one listener gets both directions, and has to tell them apart"
+        yield LintWarning("proxy.inbound_port", message, "give each a port of its own")
 
 
 # --- loops ---------------------------------------------------------------------------------------------------
@@ -305,6 +324,9 @@ def ip6_bypasses(plan: CapturePlan) -> Iterator[LintWarning]:
     for path, blocks in places:
         if any(cidr.family == "ip6" for cidr in blocks):
             yield LintWarning(path, "its IPv6 entries have no effect with ipv6: skip", "leave them out")
+    if plan.dns.capture == "servers" and {cidr.family for cidr in plan.dns.servers} == {"ip6"}:
+        message = "no query is captured: every server is of IPv6, which bypasses the proxy"
+        yield LintWarning("dns.servers", message, "list IPv4 servers too")
 
 
 def wide_interfaces(plan: CapturePlan) -> Iterator[LintWarning]:
@@ -320,6 +342,16 @@ def wide_interfaces(plan: CapturePlan) -> Iterator[LintWarning]:
             yield LintWarning(path, message, "leave lo to outbound.loopback")
 
 
+def rerouted_and_excluded(plan: CapturePlan) -> Iterator[LintWarning]:
+    """An interface is left alone, and treated as outbound."""
+    for index, reroute in enumerate(plan.interfaces.reroute):
+        for pattern in plan.interfaces.exclude:
+            name = reroute.interface
+            if pattern == name or (pattern.endswith("+") and name.startswith(pattern[:-1])):
+                message = f"interfaces.exclude has {pattern}: what leaves by it is left alone, what enters is captured"
+                yield LintWarning(f"interfaces.reroute[{index}].interface", message, "leave it out of one of the two")
+
+
 def _word(family: Family) -> str:
     return "IPv4" if family == "ip" else "IPv6"
 
@@ -331,9 +363,11 @@ def _span_of_address(packed: bytes) -> tuple[int, int]:
 RULES: tuple[Callable[[CapturePlan], Iterator[LintWarning]], ...] = (
     root_exempt,
     proxy_captured,
+    nobody_captured,
     exceptions_without_effect,
     self_calls_of_nobody,
     cgroups_absent,
+    one_port_for_both,
     dns_loop,
     dns_server_on_loopback,
     dns_to_captured_server,
@@ -351,6 +385,7 @@ RULES: tuple[Callable[[CapturePlan], Iterator[LintWarning]], ...] = (
     outbound_ports_never_match,
     ip6_bypasses,
     wide_interfaces,
+    rerouted_and_excluded,
 )
 
 

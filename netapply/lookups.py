@@ -6,7 +6,9 @@ The loader gets these as a value, so that it stays pure and a test can answer in
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from netapply.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,6 @@ back; sockets then work from any thread. All of them are opened on demand, kept,
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Callable
 from io import FileIO
@@ -18,9 +17,10 @@ from netapply import syscalls
 from netapply.errors import NamespaceError
 from netapply.kernel import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkProtocol, Scratch
 from netapply.netlink import exchange, open_netlink
-from netapply.nsfs import CURRENT, NamespaceId, Source, cookie_of, is_initial, open_source
+from netapply.nsfs import CURRENT, NamespaceId, Source, cookie_of, is_initial, open_source, reserves_inode
 from netapply.reaper import close_later
 from netapply.ruleset import Family
+from netapply.sockets import socket
 
 __all__ = ["Namespace", "NamespaceId"]
 
@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 _LEVEL: dict[Family, int] = {"ip": socket.SOL_IP, "ip6": socket.IPPROTO_IPV6}
 _FAMILY: dict[Family, int] = {"ip": socket.AF_INET, "ip6": socket.AF_INET6}
+_PIECE = 1 << 16
+#: Files that stay open: those of the namespace itself, and settings of `lo`, which never goes.
+_KEPT = ("net/", "sys/net/ipv6/conf/lo/")
 
 
 class Namespace:
@@ -44,6 +47,8 @@ class Namespace:
         self._lock = threading.Lock()
         self._netlink: dict[NetlinkProtocol, socket.socket] = {}
         self._inet: dict[Family, socket.socket] = {}
+        self._files: dict[str, int] = {}
+        self._memory: dict[str, object] = {}
         self.identity = NamespaceId(*self._file, 0)
 
     @classmethod
@@ -64,11 +69,13 @@ class Namespace:
         return namespace
 
     def _identify(self, *, host: bool) -> None:
+        reserved = reserves_inode()
+
         def look() -> bool:
             # Any socket tells the cookie; this one is kept, as routing is looked at first.
             sock = self._netlink[NETLINK_ROUTE] = open_netlink(NETLINK_ROUTE)
             self.identity = NamespaceId(*self._file, cookie_of(sock))
-            return is_initial(self.identity)
+            return is_initial(self.identity, reserved=reserved)
 
         if self._visit(look) and not host:
             raise NamespaceError(
@@ -91,6 +98,11 @@ class Namespace:
     def lock_timeout(self) -> float:
         """Seconds to wait for the xtables lock."""
         return self._lock_timeout
+
+    @property
+    def memory(self) -> dict[str, object]:
+        """What backends remember of this namespace; see `netapply.kernel.Kernel.memory`."""
+        return self._memory
 
     def verify_identity(self) -> None:
         """Raise NamespaceError unless the name or path still leads to the namespace that was opened.
@@ -154,7 +166,19 @@ class Namespace:
                 return file.readall()
 
         with self._lock:
-            return self._visit(read).decode("ascii", "surrogateescape")
+            data = self._read_kept(path, place) if path.startswith(_KEPT) else self._visit(read)
+        return data.decode("ascii", "surrogateescape")
+
+    def _read_kept(self, path: str, place: str) -> bytes:
+        """All of a file that stays open: each read from its beginning makes the kernel write it anew."""
+        fd = self._files.get(path)
+        if fd is None:
+            fd = self._files[path] = self._visit(lambda: os.open(place, os.O_RDONLY | os.O_CLOEXEC))
+        data = part = os.pread(fd, _PIECE, 0)
+        while part:  # a short one need not be the last
+            part = os.pread(fd, _PIECE, len(data))
+            data += part
+        return data
 
     def write_file(self, path: str, value: str) -> None:
         """Write one under /proc/sys, as "sys/NAME". Raises OSError."""
@@ -193,6 +217,11 @@ class Namespace:
             raise failure[0]
         return outcome[0]
 
+    def visit(self, work: Callable[[], T]) -> T:
+        """Run short `work`, such as opening a socket of one's own, while the calling thread is in the namespace."""
+        with self._lock:
+            return self._visit(work)
+
     def close(self) -> None:
         """Let go of the namespace: at once but for its netlink sockets, which follow some 30 ms later. Idempotent."""
         with self._lock:
@@ -200,11 +229,22 @@ class Namespace:
                 _close(protocol, netlink)
             for raw in self._inet.values():
                 raw.close()
+            for file in self._files.values():
+                os.close(file)
             self._netlink.clear()
             self._inet.clear()
+            self._files.clear()
             fd, self._fd = self._fd, -1
+        self.forget()
         if fd >= 0:
             os.close(fd)
+
+    def forget(self) -> None:
+        """Empty the memory, and close what is open in it."""
+        while self._memory:
+            close = getattr(self._memory.popitem()[1], "close", None)
+            if close is not None:
+                close()
 
     def _open_fd(self) -> int:
         if self._fd < 0:

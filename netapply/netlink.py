@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import select
-import socket
 import struct
 import time
 
 from netapply.kernel import NETLINK_NETFILTER, NetlinkProtocol
+from netapply.sockets import socket
 
 #: Seconds that an answer may take. The kernel answers inside sendmsg(2), so this is for a kernel that does not.
 DEADLINE = 5.0
@@ -22,6 +22,8 @@ _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _RECEIVE_BUFFER = 4 << 20  # a limit, not memory: room for some 4,000 acknowledgements
 _SEND_BUFFER = 200_000  # just below the kernel's default
+# As plain numbers: those of `socket` are enums, and each & of one takes longer than the system call.
+_MSG_TRUNC, _MSG_DONTWAIT = 0x20, 0x40
 _DATAGRAM = 1 << 16  # dumps come in at most 32 KiB, and a set element's attribute ends below 64 KiB
 
 
@@ -60,7 +62,7 @@ def exchange(sock: socket.socket, protocol: NetlinkProtocol, request: bytes) -> 
     answer: list[bytes] = []
     while draining or awaited:
         try:
-            data, _, flags, sender = sock.recvmsg(_DATAGRAM, 0, socket.MSG_DONTWAIT)
+            data, _, flags, sender = sock.recvmsg(_DATAGRAM, 0, _MSG_DONTWAIT)
         except BlockingIOError:
             if draining:
                 break
@@ -69,7 +71,7 @@ def exchange(sock: socket.socket, protocol: NetlinkProtocol, request: bytes) -> 
             continue
         if sender[0]:
             continue  # another process of the namespace: only port id 0 is the kernel
-        if flags & socket.MSG_TRUNC:
+        if flags & _MSG_TRUNC:
             raise OSError(errno.ENOBUFS, "a netlink answer was cut off")
         answer.append(data)
         if awaited:

@@ -8,7 +8,7 @@ for; for each match of the rule that decided, the packet that it does not hold f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
 from netapply.evaluate import contains, covers, iface_matches, in_ranges
 from netapply.explain import Place, places
@@ -16,6 +16,7 @@ from netapply.flow import TCP, UDP, Decision, Flow
 from netapply.reasons import PROTOCOLS, show_address, show_endpoint
 from netapply.ruleset import Chain, Family, Match, NamedSet, Rule, Ruleset, Side, Table
 from netapply.sights import LOOPBACK, Outcome, complete, is_loopback, outcome
+from netapply.values import NamedTuple
 
 #: Addresses that plans name by wide blocks alone (RFC 5737, RFC 3849), and one for where these are meant.
 SOMEWHERE: dict[Family, tuple[bytes, bytes, bytes]] = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from netapply.backend import OURS, Direct, Owned
 from netapply.compiler import LAYOUTS, compile_plan, compile_routing
 from netapply.plan import CapturePlan
 from netapply.ruleset import Routing, Rule, Ruleset
+from netapply.values import NamedTuple
 
 #: Of every layout: a rule set of any of them may stand in a namespace.
 PREFIXES = tuple(dict.fromkeys(layout.prefix for layout in LAYOUTS.values()))

@@ -6,9 +6,13 @@ and the servers of resolv.conf, are already numbers and addresses here. It says 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from netapply.ruleset import Cidr, Family, PortRange
+from netapply.values import NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 API_VERSION = "netapply/v1"
 
@@ -235,3 +239,19 @@ def plan_of(plan: CapturePlan, family: Family) -> CapturePlan:
         groups = {name: group for name, group in own._asdict().items() if group is not None}
         plan = plan._replace(**groups)
     return plan
+
+
+def in_each_family(plan: CapturePlan, change: Callable[[CapturePlan], CapturePlan]) -> CapturePlan:
+    """The plan after a change that is made to each group by itself, and to those that IPv6 has of its own."""
+    own, done = plan.for_ipv6, change(plan_of(plan, "ip"))
+    if own is None:
+        return done
+    ip6 = change(plan_of(plan, "ip6"))
+    groups = (None if group is None else getattr(ip6, name) for name, group in own._asdict().items())
+    return done._replace(for_ipv6=Ipv6Groups(*groups))
+
+
+def path_of(plan: CapturePlan, family: Family, path: str) -> str:
+    """Where in the plan a path of `plan_of(plan, family)` stands: in `for_ipv6`, if that has the group."""
+    own = plan.for_ipv6 if family == "ip6" else None
+    return f"for_ipv6.{path}" if getattr(own, path.partition(".")[0], None) is not None else path

@@ -9,7 +9,9 @@ fingerprint(plan)                        # 16 hex digits, the same for plans tha
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import suppress
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from netapply.contradictions import find_contradictions
 from netapply.documents import LIMITS, Format, Limits, read_document
@@ -19,6 +21,7 @@ from netapply.lookups import SYSTEM, Lookups
 from netapply.plan import Owners, plan_of
 from netapply.ruleset import FAMILIES
 from netapply.schema import PLAN
+from netapply.values import NamedTuple
 
 if TYPE_CHECKING:
     from netapply.plan import CapturePlan
@@ -107,12 +110,20 @@ def dump_plan(plan: CapturePlan) -> dict[str, Any]:
 def fingerprint(plan: CapturePlan) -> str:
     """16 hex digits of the SHA-256 of the plan's canonical JSON, and of the cgroups' ids, which files do not spell."""
     import json
-    from hashlib import sha256
 
     plans = [plan_of(plan, family) for family in FAMILIES]
     cgroups = {cgroup.path: cgroup.id for each in plans for owners in _owners(each) for cgroup in owners.cgroups}
     text = json.dumps([dump_plan(plan), cgroups], sort_keys=True, separators=(",", ":"))
-    return sha256(text.encode()).hexdigest()[:16]
+    digest: str = _sha256(text.encode()).hexdigest()
+    return digest[:16]
+
+
+def _sha256(data: bytes) -> Any:
+    """A hash object. hashlib imports all of OpenSSL, 3 ms; CPython has its own (before 3.12 under another name)."""
+    for name in ("_sha2", "_sha256"):
+        with suppress(ImportError):
+            return import_module(name).sha256(data)
+    return import_module("hashlib").sha256(data)
 
 
 def _owners(plan: CapturePlan) -> list[Owners]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from netapply.fields import Either, Group, Groups, Json, Kind, Short, is_list, is_mapping
 from netapply.plan import CapturePlan
 from netapply.planfile import dump_plan
 from netapply.schema import PLAN
+from netapply.values import NamedTuple
 
 #: Comments stand in one column, at most this far to the right.
 COLUMN = 44

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from netapply.errors import KernelError
 from netapply.kernel import Kernel
 from netapply.rtnetlink import LOOPBACK_INDEX
 from netapply.ruleset import FAMILIES, Family, LocalRoute, PolicyRule
+from netapply.values import NamedTuple
 
 T = TypeVar("T")
 

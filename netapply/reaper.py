@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from queue import Empty, SimpleQueue
+from _queue import Empty, SimpleQueue  # queue imports heapq for other kinds of queues
 
 #: Seconds from `close_later` to close(2). A kept socket keeps its namespace alive for as long.
 DELAY = 0.03

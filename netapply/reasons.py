@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 from typing import assert_never
 
 from netapply.flow import TCP, UDP, Flow
 from netapply.ruleset import Match, NamedSet, Side
+from netapply.sockets import socket
 
 PROTOCOLS = {1: "icmp", TCP: "tcp", UDP: "udp", 58: "ipv6-icmp"}
 

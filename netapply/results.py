@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from netapply.values import NamedTuple
+
+if TYPE_CHECKING:
+    from netapply.backend import Counters
+    from netapply.ruleset import Ruleset
 
 #: Of the JSON that the command prints. A field is never removed or changed within one version.
 RESULT_VERSION = "netapply.result/v1"
@@ -79,6 +85,15 @@ class Detection(NamedTuple):
     chosen: str
     reason: str
     candidates: tuple[Candidate, ...]
+
+
+class Live(NamedTuple):
+    """Our rules that stand in one dialect, each with the plan path that the journal knows ("" where it knows none)."""
+
+    backend: str
+    ruleset: Ruleset
+    #: Packets and bytes by table family, table, chain and index of the rule.
+    counters: Counters
 
 
 class RuleCounter(NamedTuple):

@@ -16,13 +16,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import NamedTuple, TypeAlias, assert_never
+from typing import TypeAlias, assert_never
 
 from netapply.errors import KernelError
 from netapply.kernel import Kernel
 from netapply.policy import PROTOCOL, change_route, change_rule, read_policy
 from netapply.rtnetlink import ADDRESS_PROTOCOL, change_address, loopback_addresses, rule_priorities
 from netapply.ruleset import LocalAddress, LocalRoute, PolicyRule, Routing, Sysctl
+from netapply.values import NamedTuple
 
 #: Preferences of our policy rules: from here, RULE_PRIORITIES of them.
 RULE_PRIORITY = 13370
@@ -54,6 +55,8 @@ class Standing(NamedTuple):
     present: Routing = NOTHING
     ours: Routing = NOTHING
 
+
+_NOTHING_STANDS = Standing()
 
 Item: TypeAlias = PolicyRule | LocalRoute | LocalAddress | SysctlChange
 
@@ -94,6 +97,8 @@ def read(kernel: Kernel, wanted: Routing = NOTHING, record: Routing = NOTHING, a
     rules, routes = _read_policy(kernel, wanted, record, adopted)
     addresses = _read_addresses(kernel, wanted, record, adopted)
     values = _read_sysctls(kernel, wanted, record)
+    if not (rules or routes or addresses or values):
+        return _NOTHING_STANDS
     own_rules = tuple(rule for rule, by in rules.items() if _is_ours(rule, by, record, adopted))
     tables = {LocalRoute(rule.family, rule.table) for rule in own_rules} | set(record.routes)
     own_routes = (r for r, by in routes.items() if r in adopted.routes or (by == PROTOCOL and r in tables))
@@ -151,6 +156,8 @@ def plan(standing: Standing, desired: Routing | None) -> tuple[RoutingStep, ...]
     packets have both.
     """
     wanted = desired or NOTHING
+    if standing == _NOTHING_STANDS and wanted == NOTHING:
+        return ()
     present, ours = standing
     values = dict(present.sysctls)
     steps = [

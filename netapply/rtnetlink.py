@@ -6,13 +6,14 @@ most plans have none.
 
 from __future__ import annotations
 
-import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from netapply.errors import KernelError
 from netapply.kernel import NETLINK_ROUTE, Kernel
+from netapply.sockets import socket
 
 #: `lo` has this index in every network namespace (net/core/dev.c reserves it: LOOPBACK_IFINDEX).
 LOOPBACK_INDEX = 1
@@ -51,14 +52,23 @@ def local_addresses(kernel: Kernel) -> Iterator[bytes]:
         yield packed
 
 
-def _addresses(kernel: Kernel) -> Iterator[tuple[int, int, bytes, int]]:
+def _addresses(kernel: Kernel) -> tuple[tuple[int, int, bytes, int], ...]:
     """Each address: interface index, prefix length, packed, protocol."""
-    request = _message(_RTM_GETADDR, _DUMP, _ADDRESS.pack(0, 0, 0, 0, 0))
-    for data, offset, end in _messages(_ask(kernel, "list addresses", request), _RTM_NEWADDR):
+    return _read_addresses(tuple(_ask(kernel, "list addresses", _LIST_ADDRESSES)))
+
+
+# The same is read before and after most changes, so what it says is known by its bytes.
+
+
+@lru_cache(8)
+def _read_addresses(answer: tuple[bytes, ...]) -> tuple[tuple[int, int, bytes, int], ...]:
+    listed: list[tuple[int, int, bytes, int]] = []
+    for data, offset, end in _messages(answer, _RTM_NEWADDR):
         _, prefix, _, _, index = _ADDRESS.unpack_from(data, offset)
         found = dict(_attributes(data, offset + _ADDRESS.size, end))
         packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS, b"")
-        yield index, prefix, packed, found.get(_IFA_PROTO, b"\0")[0]
+        listed.append((index, prefix, packed, found.get(_IFA_PROTO, b"\0")[0]))
+    return tuple(listed)
 
 
 def change_address(kernel: Kernel, operation: str, packed: bytes, *, add: bool) -> None:
@@ -91,15 +101,19 @@ def _await_local(kernel: Kernel, operation: str, packed: bytes) -> None:
         time.sleep(0.0002)
 
 
-def rule_priorities(kernel: Kernel) -> set[int]:
+def rule_priorities(kernel: Kernel) -> frozenset[int]:
     """The preferences of all policy rules of all families."""
-    request = _message(_RTM_GETRULE, _DUMP, bytes(_RULE_SIZE))
+    return _read_priorities(tuple(_ask(kernel, "list policy rules", _LIST_RULES)))
+
+
+@lru_cache(8)
+def _read_priorities(answer: tuple[bytes, ...]) -> frozenset[int]:
     found: set[int] = set()
-    for data, offset, end in _messages(_ask(kernel, "list policy rules", request), _RTM_NEWRULE):
+    for data, offset, end in _messages(answer, _RTM_NEWRULE):
         priority = dict(_attributes(data, offset + _RULE_SIZE, end)).get(_FRA_PRIORITY)
         if priority:
             found.add(_U32.unpack(priority)[0])
-    return found
+    return frozenset(found)
 
 
 def _message(kind: int, flags: int, body: bytes) -> bytes:
@@ -115,6 +129,10 @@ def _attributes(data: bytes, offset: int, end: int) -> Iterator[tuple[int, bytes
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
         yield kind & 0x3FFF, data[offset + _ATTRIBUTE.size : min(offset + length, end)]
         offset += max((length + 3) & ~3, _ATTRIBUTE.size)
+
+
+_LIST_ADDRESSES = _message(_RTM_GETADDR, _DUMP, _ADDRESS.pack(0, 0, 0, 0, 0))
+_LIST_RULES = _message(_RTM_GETRULE, _DUMP, bytes(_RULE_SIZE))
 
 
 def _ask(kernel: Kernel, operation: str, request: bytes, *, missing: bool = False) -> list[bytes]:
@@ -139,7 +157,7 @@ def _explanation(data: bytes, offset: int, end: int) -> str:
     return words.rstrip(b"\0").decode("ascii", "replace")
 
 
-def _messages(answer: list[bytes], wanted: int) -> Iterator[tuple[bytes, int, int]]:
+def _messages(answer: Sequence[bytes], wanted: int) -> Iterator[tuple[bytes, int, int]]:
     """Of each message of one type: the datagram, and where in it the body begins and ends."""
     for data in answer:
         offset, size = 0, len(data)

@@ -9,9 +9,11 @@ Words are nft(8)'s: table, chain, base chain, hook, priority, rule, match, state
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
+
+from netapply.sockets import socket
+from netapply.values import NamedTuple
 
 Family: TypeAlias = Literal["ip", "ip6"]
 TableFamily: TypeAlias = Literal["ip", "ip6", "inet"]

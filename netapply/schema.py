@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from netapply import kinds, plan
 from netapply.fields import FAULTY, Check, Choice, Either, Field, Flag, Group, Groups, Json, Kind, Short, Values
 from netapply.kinds import all_or, none_or
 from netapply.plan import API_VERSION, CapturePlan, Dns, OwnerException, Owners
 from netapply.spans import collapse, merge
+from netapply.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,6 +76,11 @@ def _make_dns(found: dict[str, Any], at: str, check: Check) -> Any:
     return Dns(**found)
 
 
+def _take_dns(value: Dns) -> Mapping[str, Any]:
+    unused = value.capture != "servers" and not value.servers
+    return {**value._asdict(), "servers": _RESOLV_CONF if unused else value.servers}
+
+
 def _resolvers(at: str, check: Check) -> tuple[Any, ...]:
     try:
         servers = list(dict.fromkeys(check.lookups.servers()))
@@ -105,16 +111,16 @@ DNS = Group(
     },
     {**Dns._field_defaults, "servers": _RESOLV_CONF},
     _make_dns,
-    _take,
+    _take_dns,
 )
 
 PROXY = group(
     plan.Proxy,
     uids=Field(
-        Values(kinds.UID, kinds.sorted_once),
+        Values(kinds.UID, kinds.each_once),
         "User ids or names that the proxy runs as: their traffic is never captured.",
     ),
-    gids=Field(Values(kinds.GID, kinds.sorted_once), "Group ids or names that the proxy runs as, likewise."),
+    gids=Field(Values(kinds.GID, kinds.each_once), "Group ids or names that the proxy runs as, likewise."),
     allow_root=Field(Flag(), "Whether uid 0 or gid 0 may be exempt: all of root's traffic then bypasses the proxy."),
     outbound_port=Field(kinds.PORT, "Local port that gets outbound connections."),
     inbound_port=Field(kinds.PORT, "Local port that gets inbound connections."),

@@ -7,11 +7,11 @@ by `lo` and when it enters by `lo`: the rules of both hooks count it, and either
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from netapply.evaluate import Trace, Visit, evaluate
 from netapply.flow import Decision, Flow
 from netapply.ruleset import Chain, Family, NamedSet, Ruleset, Statement, Table
+from netapply.values import NamedTuple
 
 LOOPBACK: dict[Family, bytes] = {"ip": b"\x7f\0\0\1", "ip6": b"\0" * 15 + b"\1"}
 CAPTURES = frozenset(("redirect", "dnat", "tproxy", "drop"))
@@ -89,6 +89,8 @@ def marked(statement: Statement, mark: int, connmark: int) -> tuple[int, int]:
     match statement.kind:
         case "set-mark":
             return (mark & ~statement.mask) ^ statement.value, connmark
+        case "tproxy":
+            return (mark & ~statement.mask) ^ statement.mark, connmark
         case "set-connmark":
             return mark, (connmark & ~statement.mask) ^ statement.value
         case "save-mark":

@@ -7,10 +7,11 @@ Lists of a plan are normalised with `merge` (ports, ids) and `collapse` (address
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from netapply.plan import IdRange
 from netapply.ruleset import Cidr, PortRange
+from netapply.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -73,6 +74,17 @@ def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
         else:
             merged.append(each)
     return tuple(merged)
+
+
+def join(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """As `merge`, and neighbours become one, too."""
+    joined: list[Range] = []
+    for each in merge(ranges):
+        if joined and each.first == joined[-1].last + 1:
+            joined[-1] = joined[-1]._replace(last=each.last)
+        else:
+            joined.append(each)
+    return tuple(joined)
 
 
 def collapse(blocks: Iterable[Cidr]) -> tuple[Cidr, ...]:

@@ -7,11 +7,11 @@ A reader takes what YAML, JSON or TOML yields, or a piece of a command line, and
 from __future__ import annotations
 
 import re
-import socket
 from typing import TYPE_CHECKING
 
 from netapply.plan import Cgroup, IdRange, Mark
 from netapply.ruleset import Cidr, PortRange
+from netapply.sockets import socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,12 +25,12 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal, NamedTuple, Self, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from netapply import routing
-from netapply.backend import Backend, Probe, find_backend
+from netapply.backend import Backend, Counters, Probe, find_backend
 from netapply.compiler import compile_plan, compile_routing
-from netapply.core import refuse_waiting
+from netapply.core import refuse_waiting, rule_counters
 from netapply.detection import PREFERENCE, pick
 from netapply.differences import ruleset_changes
 from netapply.errors import ApplyError, CancelledError, NamespaceError, NetapplyError, UnsupportedError
@@ -41,9 +41,10 @@ from netapply.flow import Decision, Flow
 from netapply.journal import State
 from netapply.ownership import Adoption
 from netapply.plan import CapturePlan
-from netapply.results import Candidate, Change, Detection, Diff, Result, RuleCounter
+from netapply.results import Candidate, Change, Detection, Diff, Live, Result, RuleCounter
 from netapply.routing import RoutingStep, Standing
 from netapply.ruleset import Routing, Rule, Ruleset
+from netapply.values import NamedTuple
 
 __all__ = ["FakeCapture", "FakeKernel", "FakeNamespace", "Operation", "Probe", "Spec"]
 
@@ -262,21 +263,33 @@ class FakeCapture:
     ) -> tuple[RuleCounter, ...]:
         """As `Capture.show`; counted up by `send`."""
         with self._turn("show"):
-            return tuple(
-                RuleCounter(
-                    table.family,
-                    table.name,
-                    chain.name,
-                    index,
-                    find_backend(name).render_rule(table, chain, rule),
-                    *self.namespace.counters[name, table.family, table.name, chain.name, index],
-                    rule.path,
-                )
-                for name in (self._held() if backend == "auto" else (backend,))
-                for table, chain, index, rule in self.namespace.rulesets[name].walk()
-            )
+            return rule_counters(self._live(backend))
 
-    def detect(self) -> Detection:
+    def live(
+        self,
+        *,
+        backend: str = "auto",
+        layout: str = "netapply",  # noqa: ARG002 - the signature of Capture; nobody else has been here
+    ) -> tuple[Live, ...]:
+        """As `Capture.live`."""
+        with self._turn("show"):
+            return self._live(backend)
+
+    def _live(self, backend: str) -> tuple[Live, ...]:
+        held = self._held() if backend == "auto" else (backend,)
+        return tuple(Live(name, self.namespace.rulesets.get(name, Ruleset()), self._counters(name)) for name in held)
+
+    def _counters(self, backend: str) -> Counters:
+        counted = self.namespace.counters.items()
+        return {
+            (family, table, chain, at): count for (name, family, table, chain, at), count in counted if name == backend
+        }
+
+    def detect(
+        self,
+        *,
+        layout: str = "netapply",  # noqa: ARG002 - the signature of Capture; nobody else has been here
+    ) -> Detection:
         """As `Capture.detect`."""
         with self._turn("detect"):
             probes = {name: self.kernel.probe(name) for name in PREFERENCE}

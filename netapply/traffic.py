@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from netapply.flow import TCP, Flow
 from netapply.otherwise import SOMEWHERE
 from netapply.plan import PASSTHROUGH, CapturePlan
 from netapply.ruleset import FAMILIES, Family, Ruleset
 from netapply.sights import LOOPBACK
+from netapply.values import NamedTuple
 
 APP, SERVICE, CONTROL_PLANE, AGENT, HEALTH, METRICS = 8080, 80, 15012, 15020, 15021, 15090
 APP_ID, CLIENT_PORT, DEVICE = 1000, 40000, "eth0"

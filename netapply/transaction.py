@@ -8,17 +8,17 @@ the same function with another state.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
 
 from netapply import routing
-from netapply.backend import Backend, Owned, Snapshot, readable
+from netapply.backend import OURS, Backend, Owned, Snapshot, Step, readable
 from netapply.errors import ApplyError, CancelledError, ConflictError, GenerationChanged, JournalError, NetapplyError
 from netapply.journal import Entry, Files, State
 from netapply.namespace import Namespace
 from netapply.ruleset import Routing, Ruleset
+from netapply.values import NamedTuple
 
 #: How often the rules are read and encoded anew when somebody else changes them in between.
 ATTEMPTS = 12
@@ -59,42 +59,64 @@ class Transaction:
         self._owned = owned
         self._files = files
         self._adopted = adopted
+        #: What the journal is to say before a change that may be seen halfway.
+        self._ahead: Entry | None = None
+        #: Whether it is known that nothing of ours stands beside the rules.
+        self._rules_alone = False
         #: Asked before each step of the way forward; the way back is never cancelled.
         self._cancelled = cancelled
         self._step = "read what is there"
         self._done: list[str] = []
 
-    def run(self, entry: Entry, previous: Entry | None = None) -> Outcome:
+    def run(self, entry: Entry, previous: Entry | None = None, *, settle: bool = True) -> Outcome:
         """Bring the namespace to `entry.desired`. No step, and no journal, when it is there already.
 
         `entry.created` is the routing known as ours from before; `previous` is what the journal says now, and will say
-        again after a roll-back. Raises ApplyError after a roll-back.
+        again after a roll-back. Without `settle` the caller has the journal say what stands. Raises ApplyError after a
+        roll-back.
         """
         snapshot = self._backend.read(self._namespace, self._owned)
+        self._rules_alone = previous is not None and previous.created == self._adopted == routing.NOTHING
         standing = self._standing(entry.desired.routing, entry.created)
         wanted = routing.plan(standing, entry.desired.routing)
-        if not wanted and not self._backend.encode(snapshot, entry.desired.ruleset):
+        steps = self._backend.encode(snapshot, entry.desired.ruleset)
+        if not wanted and not steps:
             return Outcome((), standing.ours, entry.desired.ruleset)
         before = State(readable(snapshot.ruleset), standing.ours)
         known = routing.remember(standing.ours, [step for step in wanted if step.add])
         self._namespace.verify_identity()
-        begun = entry._replace(pending=True, before=before, created=known)
-        if self._files is not None:
-            self._files.begin(begun)
+        begun = self._ahead = entry._replace(pending=True, before=before, created=known)
+        if wanted or self._shows_halfway(steps):
+            self._write_ahead()
         try:
             created = self._converge(entry.desired, entry.created, (snapshot, standing))
             self._prove(entry.desired, created)
             self._step = "commit the journal"
             if self._cancelled():  # the last moment at which going back is not a second change
                 raise CancelledError("cancelled")
-            self._settle(begun._replace(created=created))
+            if settle:
+                self._settle(begun._replace(created=created))
         except BaseException as error:  # also an interrupt is undone
+            self._ahead = None
             undone = begun._replace(desired=before)
             if previous is not None and not self._backend.encode(snapshot, previous.desired.ruleset):
                 undone = previous  # says the same, and which plan paths the rules came from
             self._undo(Start(before, snapshot, standing), known, undone, error)
             raise
         return Outcome(tuple(self._done), created, before.ruleset)
+
+    def _shows_halfway(self, steps: Sequence[Step]) -> bool:
+        """Whether a run that dies may leave what is neither before nor after, or what only the journal knows as ours.
+
+        After one atomic step there is nothing to undo: the next command sees what there is.
+        """
+        atomic = len(steps) <= 1 and all(getattr(step, "atomic", False) for step in steps)
+        return not atomic or self._owned.prefixes != OURS.prefixes
+
+    def _write_ahead(self) -> None:
+        if self._ahead is not None and self._files is not None:
+            self._files.begin(self._ahead)
+        self._ahead = None
 
     def restore(self, entry: Entry) -> str:
         """Finish or undo an interrupted run, and say which. Raises NetapplyError if neither held."""
@@ -149,7 +171,12 @@ class Transaction:
         return routing.remember(standing.ours, done)
 
     def _standing(self, wanted: Routing, record: Routing) -> routing.Standing:
-        return routing.read(self._namespace, wanted, record, self._adopted)
+        none = wanted == record == routing.NOTHING
+        if none and self._rules_alone:
+            return routing.Standing()
+        standing = routing.read(self._namespace, wanted, record, self._adopted)
+        self._rules_alone = none and standing == routing.Standing()
+        return standing
 
     def _route(self, step: routing.RoutingStep) -> bool:
         return bool(self._do(step.name, partial(routing.commit, self._namespace, step)))
@@ -162,8 +189,11 @@ class Transaction:
                 self._step = "read the rules"
                 snapshot = self._backend.read(self._namespace, self._owned)
             self._step = "encode the rules"
+            steps = self._backend.encode(snapshot, state.ruleset)
+            if self._shows_halfway(steps):
+                self._write_ahead()
             try:
-                for step in self._backend.encode(snapshot, state.ruleset):
+                for step in steps:
                     self._do(step.name, partial(self._backend.commit, self._namespace, step))
             except GenerationChanged:
                 snapshot = None

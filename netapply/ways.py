@@ -5,12 +5,13 @@ By pyroute2, inside of the namespace and imported only when asked, as `netapply.
 
 from __future__ import annotations
 
-import socket
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 from netapply.kernel import Kernel
 from netapply.reasons import show_address
+from netapply.sockets import socket
+from netapply.values import NamedTuple
 
 RTN_LOCAL = 2  # linux/rtnetlink.h: the address is one's own
 

@@ -13,6 +13,7 @@ import pytest
 import netapply
 from netapply import detection
 from netapply.backend import BUILT_IN, Probe, find_backend
+from netapply.compiler import compile_plan
 from netapply.errors import (
     ApplyError,
     CancelledError,
@@ -23,6 +24,8 @@ from netapply.errors import (
     UnsupportedError,
 )
 from netapply.flow import TCP, Flow
+from netapply.importers.istio import VERSIONS, Facts, Version, plan_from_settings
+from netapply.importers.istio_settings import IstioSettings
 from netapply.plan import CapturePlan, Inbound, InboundPorts, OutboundCidrs
 from netapply.ruleset import Cidr, PortRange
 from netapply.testing import FakeCapture, FakeKernel
@@ -224,8 +227,9 @@ def test_ours_in_another_dialect_is_a_conflict_and_nothing_is_touched(engine: En
     capture.apply(PLAN, backend=engine.backend)
     before = capture.show()
     other = next(name for name in BUILT_IN if name != engine.backend)
-    with pytest.raises(ConflictError, match=f"stand in {engine.backend}, and {other} was asked for"):
+    with pytest.raises(ConflictError, match=f"stand in {engine.backend}, and {other} was asked for") as raised:
         capture.apply(PLAN, backend=other)
+    assert raised.value.dialects == (engine.backend,)
     with pytest.raises(ConflictError):
         capture.diff(PLAN, backend=other)
     assert capture.show() == before
@@ -243,6 +247,31 @@ def test_show_counts_a_connection_by_the_rules_that_it_meets(engine: Engine, cap
     assert counted[1].chain in ("NETAPPLY_OUTBOUND", "nat-outbound")
     capture.apply(PLAN)
     assert [rule for rule in capture.show() if rule.packets] == counted
+
+
+def test_live_is_the_rule_set_that_was_applied_with_plan_paths_and_counters(
+    engine: Engine, capture: AnyCapture
+) -> None:
+    assert capture.live() == ()
+    capture.apply(PLAN, backend=engine.backend)
+    engine.connect_to_localhost()
+    (live,) = capture.live()
+    assert live.backend == engine.backend
+    wanted = compile_plan(PLAN, find_backend(engine.backend).dialect)
+    rules = {(table.name, chain.name, rule, rule.path) for table, chain, _, rule in live.ruleset.walk()}
+    assert rules == {(table.name, chain.name, rule, rule.path) for table, chain, _, rule in wanted.walk()}
+    assert sum(packets for packets, _ in live.counters.values()) == sum(rule.packets for rule in capture.show()) == 2
+
+
+@pytest.mark.parametrize("layout", VERSIONS)
+def test_detect_finds_rules_of_another_layout_that_we_applied(
+    engine: Engine, capture: AnyCapture, layout: Version
+) -> None:
+    plan = plan_from_settings(IstioSettings(istio_service_cidr="*"), layout, Facts((b"\n\0\0\5",)))
+    capture.apply(plan, backend=engine.backend, layout=layout)
+    found = capture.detect()
+    assert [each.backend for each in found.candidates if each.ours] == [engine.backend]
+    assert (found.chosen, found.reason) == (engine.backend, "holds our rules in this namespace already")
 
 
 def test_detect_names_what_auto_takes_and_where_ours_stands(engine: Engine, capture: AnyCapture) -> None:

@@ -80,15 +80,6 @@ def _listed(spot: Place, backend: str) -> str:
     return "\n".join(lines)
 
 
-def test_the_checked_way_notices_what_others_did() -> None:
-    with ExitStack() as stack:
-        spots, subjects = subjects_of(stack, "nftables", PLANS["rules alone"], ("checked",))
-        subjects["checked"].do("apply")
-        spots["checked"].inside(lambda: subprocess.run(["nft", "add table ip other"], check=True, timeout=5))
-        with pytest.raises(RuntimeError, match="somebody else"):
-            subjects["checked"].do("update")
-
-
 def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     """One part in quick mode; --strict tells by the exit code whether its bars are met."""
     output = tmp_path / "bench.json"

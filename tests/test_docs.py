@@ -108,12 +108,23 @@ def test_there_are_plans_of_both_kinds() -> None:
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def _commands() -> dict[str, argparse.ArgumentParser]:
-    (choice,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    return dict(choice.choices)
+def _commands(parser: argparse.ArgumentParser, said: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command, and every command of a command: `import` and `import istio`."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, of in action.choices.items():
+                yield said + name, of
+                yield from _commands(of, f"{said}{name} ")
 
 
-COMMANDS = _commands()
+COMMANDS = dict(_commands(build_parser()))
+
+
+def _command_of(words: list[str]) -> str:
+    """The longest that the words name."""
+    said = [word for word in words[1:] if not word.startswith("-")]
+    known = [" ".join(said[:count]) for count in range(len(said), 0, -1)]
+    return next((command for command in known if command in COMMANDS), "")
 
 
 def shown_commands(path: Path) -> Iterator[list[str]]:
@@ -130,8 +141,8 @@ def shown_commands(path: Path) -> Iterator[list[str]]:
 @each_document
 def test_every_command_that_is_shown_exists_with_its_options(path: Path) -> None:
     for words in shown_commands(path):
-        command = next((word for word in words[1:] if not word.startswith("-")), "")
-        assert command in COMMANDS, words
+        command = _command_of(words)
+        assert command, words
         known = COMMANDS[command]._option_string_actions
         assert all(word in known for word in words[1:] if word.startswith("-") and word != "-"), words
 
@@ -153,8 +164,8 @@ def test_every_option_that_is_named_is_one_of_a_command(path: Path) -> None:
 
 
 def test_the_readme_names_every_command() -> None:
-    named = {words for text in spans(ROOT / "README.md") for words in [text.split()[0]]}
-    assert set(COMMANDS) <= named
+    named = {_command_of(["netapply", *text.split()]) for text in spans(ROOT / "README.md")}
+    assert {command for command in COMMANDS if not any(other.startswith(f"{command} ") for other in COMMANDS)} <= named
 
 
 # --- fields --------------------------------------------------------------------------------------------------

@@ -129,6 +129,25 @@ def test_the_kernel_holds_istios_rules_and_a_second_run_changes_nothing(
         assert not apply(capture, job, plan, facts).changed
 
 
+@pytest.mark.parametrize("layout", ["istio", "istio-1.11", "istio-1.4", "netapply"])
+def test_without_an_inbound_port_tproxy_needs_no_routing(run: Run, pod: Netns, layout: str) -> None:
+    """As Istio; the route of a run before goes."""
+    words = ["-m", "TPROXY", "-i", "*", "--layout", layout]
+    assert run(*words, "-b", "80").code == 0
+    assert "fwmark 0x539" in routing_of(pod)
+    assert run(*words, "-b", "").code == 0
+    assert "fwmark" not in routing_of(pod)
+    assert "TPROXY" not in pod.run("iptables-nft-save", "-t", "mangle")
+
+
+def test_detect_finds_istios_rules_that_no_journal_knows(pod: Netns) -> None:
+    restore(pod, "nft", case_of("istio/ipnets")["expect"])
+    with open_capture(pod.path) as capture:
+        assert not any(each.ours for each in capture.detect().candidates)
+        found = capture.detect(layout="istio")
+        assert [each.backend for each in found.candidates if each.ours] == [found.chosen] == ["iptables-nft"]
+
+
 def test_a_changed_setting_is_one_transaction(run: Run, pod: Netns) -> None:
     assert run(*EVERYTHING, "-d", "15020").out.startswith("changed by iptables-nft")
     assert run(*EVERYTHING, "-d", "15020").out.startswith("unchanged by iptables-nft")

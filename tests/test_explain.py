@@ -141,6 +141,7 @@ def test_a_flow_passes_every_kind_of_match_with_its_reason() -> None:
         "ip mangle ISTIO_INBOUND 5: -m conntrack --ctstate RELATED,ESTABLISHED: the connection is new",
         "ip mangle ISTIO_INBOUND 6: yes: on to ISTIO_TPROXY",
         "ip mangle ISTIO_TPROXY 1: yes: decides",
+        "ip nat PREROUTING 1: -i eth9: it enters by eth0",
     ]
 
 

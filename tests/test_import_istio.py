@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netapply.cli import main
-from netapply.compiler import compile_plan
+from netapply.compiler import compile_plan, compile_routing
 from netapply.decide import decide
 from netapply.errors import PlanError
 from netapply.flow import Flow
@@ -214,8 +214,8 @@ def test_every_fault_is_reported_at_once_at_what_gave_it() -> None:
 
 
 def test_what_no_plan_file_holds_is_refused_with_what_asked_for_it() -> None:
-    with pytest.raises(PlanError, match=r"proxy\.inbound_port \(-z 15001\): 15001 is not accepted"):
-        import_words("-z", "15001")
+    with pytest.raises(PlanError, match=r"proxy\.tunnel_port \(-e 15001\): 15001 is not accepted"):
+        import_words("-e", "15001")
 
 
 def test_the_document_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -518,10 +518,26 @@ def test_json_has_the_plan_and_what_each_field_comes_from(capsys: pytest.Capture
     assert load_plan(json.dumps(document["plan"])) == load_plan(import_words(*SIDECAR).text)
 
 
-def test_what_a_layout_cannot_say_of_the_sorted_plan_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "--ipv6", "no", "--", "-u", "2000,1337")
-    assert code == 0
-    assert "layout istio cannot say proxy.self_calls" in err
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("istio", "-u 2000,1337 -g 7,5,7 -i '*'"),
+        ("istio-1.11", "-u 2000,1337 --redirect-dns -i '*'"),
+        ("istio-1.4", "-b 8080 -i '*'"),
+        ("istio", "-b '*' -z 15001"),
+        ("istio", "-i '*' -c eth1 -k eth1"),
+        ("istio", "--redirect-dns -i '*'"),
+        ("istio", "-m TPROXY -b ''"),
+    ],
+)
+def test_what_a_plan_file_merely_doubts_is_imported_with_the_rules_of_the_drop_in(version: Version, words: str) -> None:
+    reading = read_flags(shlex.split(words), {"ISTIO_OUTBOUND_OWNER_GROUPS": ""})
+    facts = Facts((b"\x0a\0\0\5",), ("fd00::53",))
+    wanted = plan_from_settings(reading.settings, version, facts)
+    wanted = wanted._replace(proxy=wanted.proxy._replace(gids=tuple(dict.fromkeys(wanted.proxy.gids))))
+    made = import_plan(reading, version, facts).plan
+    assert compile_plan(made, SPLIT, version) == compile_plan(wanted, SPLIT, version)
+    assert compile_routing(made) == compile_routing(wanted)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -305,6 +305,8 @@ def test_one_list_follows_another(kernel: Namespace, backend: Backend, family: F
 class Limited:
     """A process that may ask nothing by socket options."""
 
+    memory = Kernel.memory
+
     def __init__(self, kernel: Namespace) -> None:
         self.lock_timeout = kernel.lock_timeout
         self.netlink = kernel.netlink

@@ -394,7 +394,7 @@ def test_unknown_attributes_of_an_expression_are_tolerated() -> None:
     grown = bytearray(plain[: meta_data + size] + extra + plain[meta_data + size :])
     grown[meta_data] += len(extra)
     grown[0] += len(extra)
-    assert decode_rule(without_state(bytes(grown)), "ip") == LOOPBACK
+    assert decode_rule(without_state(bytes(grown)), "ip") == (LOOPBACK, False)
 
 
 def test_an_extension_that_the_kernel_lacks_is_found_missing(kernel: Namespace) -> None:

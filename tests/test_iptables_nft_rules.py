@@ -143,12 +143,21 @@ def test_iptables_nft_save_prints_what_we_render(shared: tuple[Netns, Namespace]
 @settings(LIVE, max_examples=25)
 @given(rulesets())
 def test_what_iptables_nft_restores_is_ours_still(shared: tuple[Netns, Namespace], ruleset: Ruleset) -> None:
-    """Native ports and marks, as iptables 1.8.8 and later write them on a restore, mean what our xt matches meant."""
+    """Native ports and marks, as iptables 1.8.8 and later write them on a restore, mean what our xt matches meant.
+
+    The next apply writes them as xt matches again.
+    """
     netns, kernel = shared
     apply(kernel, ruleset)
     for family in ("ip", "ip6"):
         netns.run(RESTORE[family], stdin=netns.run(SAVE[family]))
     assert rules_of(BACKEND.read(kernel).ruleset) == rules_of(ruleset)
+    apply(kernel, ruleset)
+    views = BACKEND.read(kernel).views.values()
+    chains = (
+        chain for view in views for chain in (*view.own.values(), *(sum(each, ()) for each in view.placed.values()))
+    )
+    assert not any(rule.native for chain in chains for rule in chain)
 
 
 def rules_of(ruleset: Ruleset | None) -> dict[tuple[str, str, str, int], Rule]:

@@ -47,6 +47,13 @@ def test_the_second_name_of_a_variable_beats_the_first() -> None:
     assert parse_settings([], {"INVALID_DROP": "1"}).drop_invalid
 
 
+@pytest.mark.parametrize("word", ["", "yes", "TrUe"])
+def test_a_variable_that_is_no_boolean_is_false_even_where_it_is_a_second_name(word: str) -> None:
+    env = {"REDIRECT_DNS": "true", "ISTIO_META_DNS_CAPTURE": word}
+    assert not parse_settings([], env).redirect_dns
+    assert parse_settings(["--redirect-dns"], env).redirect_dns
+
+
 def test_what_an_injected_init_container_says_is_understood() -> None:
     words = ["-p", "15001", "-x", "", "--log_output_level=default:info", "--log_as_json", "--run-validation"]
     notes: list[str] = []
@@ -140,6 +147,24 @@ def test_ports_are_written_as_iptables_reads_them() -> None:
     settings = IstioSettings(istio_inbound_ports="*", istio_local_exclude_ports="80,8000:8100,:9, 60000:,0,")
     excluded = plan_from_settings(settings, "istio", HERE).inbound.ports.exclude
     assert excluded == tuple(PortRange(*each) for each in [(80, 80), (8000, 8100), (0, 9), (60000, 65535), (0, 0)])
+
+
+def test_numbers_that_iptables_takes_for_others_are_refused() -> None:
+    octal = IstioSettings(envoy_port="015001", proxy_uid="010", istio_outbound_ports="0x50,080,80:090")
+    assert [fault.value for fault in faults_of(octal)] == ["010", "010", "015001", "0x50", "080", "80:090"]
+
+
+def test_a_block_with_a_space_beside_it_is_refused_with_the_reason() -> None:
+    (fault,) = faults_of(IstioSettings(istio_service_cidr="10.0.0.0/8, fd00::/8"))
+    assert (fault.value, fault.accepted) == ("fd00::/8", "write a block as 10.0.0.0/8, with no spaces around it")
+
+
+def test_an_address_alone_is_a_block_to_1_4_and_to_no_other() -> None:
+    settings = IstioSettings(istio_service_exclude_cidr="10.9.0.1")
+    excluded = plan_from_settings(settings, "istio-1.4", HERE).outbound.cidrs.exclude
+    assert not isinstance(excluded, str)
+    assert [str(block) for block in excluded] == ["10.9.0.1/32"]
+    assert [fault.value for fault in faults_of(settings)] == ["10.9.0.1"]
 
 
 def test_the_proxy_is_the_envoy_user_unless_it_is_named() -> None:

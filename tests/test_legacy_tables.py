@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from netapply.backend import OURS, Owned, is_strange, readable
 from netapply.errors import ConflictError, DecodeError, GenerationChanged, KernelError, UnsupportedError
-from netapply.kernel import Scratch
+from netapply.kernel import Kernel
 from netapply.namespace import Namespace
 from netapply.ruleset import (
     Accept,
@@ -36,8 +37,8 @@ from netapply.ruleset import (
 )
 from netapply_iptables_legacy import BACKEND
 from netapply_iptables_legacy.rules import decode_rule, encode_rule
-from netapply_iptables_legacy.snapshot import LegacySnapshot, read_table
-from netapply_iptables_legacy.sockopt import SO_GET_ENTRIES, SO_GET_INFO, SO_SET_REPLACE, Blob, replace
+from netapply_iptables_legacy.snapshot import LegacySnapshot
+from netapply_iptables_legacy.sockopt import SO_GET_ENTRIES, SO_GET_INFO, add_counters, read_info
 from tests import netns as namespaces
 from tests.netns import Netns
 from tests.test_legacy_rules import rulesets, temporary_cgroup
@@ -121,7 +122,7 @@ def untagged(snapshot: LegacySnapshot) -> dict[tuple[str, str], object]:
     """Every entry but for our tag, which iptables-restore drops."""
     return {
         place: [(block.name, [entry.tagged(place[0]).key for entry in block.entries]) for block in table.blocks]
-        for place, table in snapshot.tables.items()
+        for place, table in snapshot.content.tables.items()
     }
 
 
@@ -248,27 +249,6 @@ def test_a_table_that_somebody_else_created_meanwhile_is_noticed(netns: Netns, k
         BACKEND.commit(kernel, steps[0])
 
 
-def test_a_table_that_does_not_read_back_as_written_is_noticed(netns: Netns, kernel: Namespace) -> None:
-    """Somebody without the lock was there between the exchange and its proof."""
-    netns.run("iptables-legacy-restore", "-c", stdin=FOREIGN)
-    (step,) = BACKEND.encode(BACKEND.read(kernel), plan())
-
-    class Raced:
-        lock_timeout = 1.0
-        getsockopt = kernel.getsockopt
-
-        def setsockopt(self, family: Family, option: int, blob: bytes, scratch: Scratch | None = None) -> bytes:
-            found = kernel.setsockopt(family, option, blob, scratch)
-            if option == SO_SET_REPLACE:
-                table = read_table(kernel, "ip", "nat")
-                lost = table.data.replace(b"\x0a\x09\x08\x07", b"\x0a\x09\x08\x06")
-                replace(kernel, family, "nat", Blob(table.info, lost, ()), table.info.entries)
-            return found
-
-    with pytest.raises(GenerationChanged, match="read back"):
-        BACKEND.commit(Raced(), step)
-
-
 def test_a_foreign_jump_to_our_chain_is_a_conflict_that_names_it(netns: Netns, kernel: Namespace) -> None:
     apply(kernel, plan())
     netns.run("iptables-legacy", "-t", "nat", "-N", "THEIRS")
@@ -316,6 +296,7 @@ class Watched:
     """A kernel whose socket options fail, or come after somebody else's change, as the test says."""
 
     lock_timeout = 1.0
+    memory = Kernel.memory
 
     def __init__(self, kernel: Namespace, before: Callable[[int], None]) -> None:
         self._kernel, self._before = kernel, before
@@ -443,20 +424,14 @@ def test_steps_come_in_the_order_of_switching_on_and_off(kernel: Namespace) -> N
     )
     assert apply(kernel, desired) == (
         "create set netapply-4-0123456789",
-        "replace table ip raw",
-        "replace table ip mangle",
-        "replace table ip nat",
-        "replace table ip6 nat",
+        "replace tables ip raw, ip mangle, ip nat, ip6 nat",
     )
     found = BACKEND.read(kernel).ruleset
     assert found is not None
     assert sorted(found.tables) == sorted(desired.tables)
     assert found.sets == desired.sets
     assert apply(kernel, None) == (
-        "replace table ip nat",
-        "replace table ip6 nat",
-        "replace table ip mangle",
-        "replace table ip raw",
+        "replace tables ip nat, ip6 nat, ip mangle, ip raw",
         "destroy set netapply-4-0123456789",
     )
 
@@ -520,7 +495,9 @@ def test_a_table_in_a_strange_shape_is_refused(kernel: Namespace, make_netns: Ca
     from netapply_iptables_legacy.entries import parse
 
     apply(kernel, plan())
-    table = read_table(kernel, "ip", "nat")
+    snapshot = BACKEND.read(kernel)
+    assert isinstance(snapshot, LegacySnapshot)
+    table = snapshot.content.tables["ip", "nat"]
     for at in range(0, len(table.data), 7):
         twisted = bytearray(table.data)
         twisted[at] ^= 0xFF
@@ -529,3 +506,138 @@ def test_a_table_in_a_strange_shape_is_refused(kernel: Namespace, make_netns: Ca
                 parse("ip", table.info, data)
             except DecodeError:
                 continue
+
+
+# --- places ---------------------------------------------------------------------------------------------------
+
+
+def jumps(netns: Netns) -> list[str]:
+    """What the rules of OUTPUT lead to, in order."""
+    lines = [line for line in netns.run("iptables-legacy-save", "-t", "nat").splitlines() if "-A OUTPUT" in line]
+    return [line.rpartition(" ")[2] for line in lines]
+
+
+def test_ours_stay_where_they_stand_when_foreign_rules_come_behind_them(netns: Netns, kernel: Namespace) -> None:
+    netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "udp", "-j", "RETURN")
+    apply(kernel, plan(15001, "last"))
+    netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "udp", "-j", "ACCEPT")
+    assert apply(kernel, plan(15001, "last")) == ()
+    assert BACKEND.read(kernel).ruleset == plan(15001, "last")
+    assert jumps(netns) == ["RETURN", "NETAPPLY_OUTPUT", "ACCEPT"]
+
+
+def test_an_update_of_ours_keeps_their_place_among_foreign_rules(netns: Netns, kernel: Namespace) -> None:
+    netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "udp", "-j", "RETURN")
+    apply(kernel, direct("last", 80))
+    netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "udp", "-j", "ACCEPT")
+    assert apply(kernel, direct("last", 81, 82)) == ("replace table ip nat",)
+    assert jumps(netns) == ["RETURN", "81", "82", "ACCEPT"]
+    apply(kernel, direct("first", 83))
+    assert jumps(netns) == ["83", "RETURN", "ACCEPT"]
+
+
+def test_ours_with_a_foreign_rule_between_them_are_left_alone(netns: Netns, kernel: Namespace) -> None:
+    """A foreign one before ours in front is another matter, as those are to be asked first."""
+    apply(kernel, direct("last", 80, 81))
+    netns.run("iptables-legacy", "-t", "nat", "-I", "OUTPUT", "2", "-p", "udp", "-j", "ACCEPT")
+    assert apply(kernel, direct("last", 80, 81)) == ()
+    assert jumps(netns) == ["80", "ACCEPT", "81"]
+
+
+def test_in_front_and_at_the_end_are_told_apart_without_foreign_rules(kernel: Namespace) -> None:
+    for place in ("first", "last"):
+        apply(kernel, direct(place, 80))
+        assert BACKEND.read(kernel).ruleset == direct(place, 80)
+        assert apply(kernel, direct(place, 80)) == ()
+
+
+def direct(place: str, *ports: int) -> Ruleset:
+    """Rules straight in OUTPUT that redirect to these ports."""
+    rules = tuple(Rule((TCP,), Redirect(port)) for port in ports)
+    first = place == "first"
+    chain = Chain("OUTPUT", () if first else rules, Base("nat", "output", -100), rules if first else ())
+    return Ruleset((Table("ip", "nat", (chain,)),))
+
+
+# --- what is remembered ---------------------------------------------------------------------------------------
+
+
+def test_what_is_as_it_was_is_the_same_snapshot_and_encoded_once(netns: Netns, kernel: Namespace) -> None:
+    desired = plan()
+    apply(kernel, desired)
+    first = BACKEND.read(kernel)
+    assert BACKEND.read(kernel) is first
+    assert BACKEND.encode(first, None) is BACKEND.encode(first, None)
+    apply(kernel, None)
+    steps = BACKEND.encode(BACKEND.read(kernel), desired)
+    with Namespace.open(netns.path) as again:
+        assert BACKEND.encode(BACKEND.read(again), desired) is steps
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("-R", "NETAPPLY_OUTPUT", "1", "-m", "owner", "--uid-owner", "1338", "-j", "RETURN"),
+        ("-t", "filter", "-P", "OUTPUT", "DROP"),
+        ("-D", "NETAPPLY_OUTPUT", "1"),
+        ("-A", "THEIRS", "-j", "ACCEPT"),
+    ],
+    ids=" ".join,
+)
+def test_a_foreign_change_between_two_reads_is_seen(netns: Netns, kernel: Namespace, change: tuple[str, ...]) -> None:
+    """Also one that leaves the size of the table as it was."""
+    netns.run("iptables-legacy", "-t", "nat", "-N", "THEIRS")
+    netns.run("iptables-legacy", "-t", "filter", "-L")
+    apply(kernel, plan())
+    before = BACKEND.read(kernel)
+    netns.run("iptables-legacy", *(() if "-t" in change else ("-t", "nat")), *change)
+    after = BACKEND.read(kernel)
+    assert (after.ruleset, after.foreign) != (before.ruleset, before.foreign)
+    apply(kernel, plan())
+    assert BACKEND.read(kernel).ruleset == plan()
+    assert ("DROP" in saved(netns)) == ("DROP" in change)
+
+
+def test_counters_are_shown_fresh_and_a_counted_packet_costs_no_new_encoding(netns: Netns, kernel: Namespace) -> None:
+    desired = plan()
+    apply(kernel, desired)
+    before = BACKEND.read(kernel)
+    steps = BACKEND.encode(before, None)
+    text = saved(netns).replace("[0:0] -A NETAPPLY_OUTPUT -o lo", "[11:660] -A NETAPPLY_OUTPUT -o lo")
+    netns.run("iptables-legacy-restore", "-c", stdin=text)
+    apply(kernel, desired)  # the tag, which iptables-restore drops
+    assert BACKEND.read(kernel).counters["ip", "nat", "NETAPPLY_OUTPUT", 1] == (11, 660)
+    netns.run("iptables-legacy", "-t", "nat", "-Z")
+    after = BACKEND.read(kernel)
+    assert after.counters["ip", "nat", "NETAPPLY_OUTPUT", 1] == (0, 0)
+    assert BACKEND.encode(after, None) is steps
+    add_counters(kernel, "ip", "nat", [struct.pack("=QQ", 3, 180)] * read_info(kernel, "ip", "nat").entries)
+    assert BACKEND.read(kernel).counters["ip", "nat", "NETAPPLY_OUTPUT", 1] == (3, 180)
+
+
+def test_sets_that_come_and_go_elsewhere_are_seen(netns: Netns, kernel: Namespace) -> None:
+    only = NamedSet("netapply-4-0123456789", "ip", (Cidr(b"\1\2\3\4", 32),))
+    apply(kernel, Ruleset((), (only,)))
+    for _ in range(2):
+        assert BACKEND.read(kernel).ruleset == Ruleset((), (only,))
+    with Namespace.open(netns.path) as another:
+        apply(another, None)
+    assert BACKEND.read(kernel).ruleset is None
+
+
+# --- several tables -------------------------------------------------------------------------------------------
+
+
+def test_where_a_table_is_refused_those_before_it_go_back_counters_and_all(netns: Netns, kernel: Namespace) -> None:
+    """xt_owner does not work in PREROUTING."""
+    netns.run("iptables-legacy-restore", "-c", stdin=FOREIGN)
+    before = saved(netns)
+    bad = (Rule((OwnerMatch("uid", 1, 1),), Accept()),)
+    chain = Chain("PREROUTING", base=Base("nat", "prerouting", -100), head=bad)
+    desired = Ruleset((*plan().tables, Table("ip6", "nat", (chain,))))
+    (step,) = BACKEND.encode(BACKEND.read(kernel), desired)
+    assert step.name == "replace tables ip nat, ip6 nat"
+    with pytest.raises(KernelError, match="replace table ip6 nat: EINVAL"):
+        BACKEND.commit(kernel, step)
+    assert saved(netns) == before
+    assert "PREROUTING" not in "".join(line for line in saved(netns, six=True).splitlines() if line.startswith("-A"))

@@ -27,6 +27,10 @@ CASES = {
         ("outbound: {owners: {include: {gids: [1337]}}}", ["outbound.owners.include.gids"]),
         ("outbound: {owners: {include: {uids: [1000]}}}", []),
     ],
+    "nobody_captured": [
+        ("outbound: {owners: {include: {}}}", ["outbound.owners.include"]),
+        ("outbound: {owners: {include: {gids: [5]}}}", []),
+    ],
     "exceptions_without_effect": [
         (
             "outbound: {exclude_for_owners: [{protocol: tcp, ports: '*', uids: [1337]}]}",
@@ -46,6 +50,10 @@ CASES = {
         ("outbound: {owners: {exclude: {cgroups: [absent, there]}}}", ["outbound.owners.exclude.cgroups"]),
         ("proxy: {self_calls: {cgroups: [absent]}}", ["proxy.self_calls.cgroups"]),
         ("outbound: {owners: {exclude: {cgroups: [there]}}}", []),
+    ],
+    "one_port_for_both": [
+        ("proxy: {inbound_port: 15001}", ["proxy.inbound_port"]),
+        ("{proxy: {inbound_port: 15001}, inbound: {mode: none}}", []),
     ],
     "dns_loop": [
         ("{proxy: {uids: [], gids: [], mark: 1}, dns: {capture: all}}", ["dns.capture"]),
@@ -120,11 +128,17 @@ CASES = {
     "ip6_bypasses": [
         ("ipv6: skip", ["ipv6"]),
         ("{ipv6: skip, outbound: {cidrs: {exclude: ['fd00::/8']}}}", ["ipv6", "outbound.cidrs.exclude"]),
+        ("{ipv6: skip, dns: {capture: servers, servers: ['fd00::1', 10.0.0.1]}}", ["ipv6", "dns.servers"]),
+        ("{ipv6: skip, dns: {capture: servers, servers: ['fd00::1']}}", ["ipv6", "dns.servers", "dns.servers"]),
         ("ipv6: block", []),
     ],
     "wide_interfaces": [
         ("interfaces: {exclude: [lo], reroute: [+]}", ["interfaces.exclude[0]", "interfaces.reroute[0].interface"]),
         ("interfaces: {exclude: [eth0], reroute: [br+]}", []),
+    ],
+    "rerouted_and_excluded": [
+        ("interfaces: {exclude: [br+, eth0], reroute: [tap0, br0]}", ["interfaces.reroute[1].interface"]),
+        ("interfaces: {exclude: [br0], reroute: [br+]}", []),
     ],
 }
 

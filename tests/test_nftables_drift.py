@@ -39,7 +39,7 @@ from netapply.ruleset import (
 )
 from netapply_nftables import BACKEND
 from netapply_nftables.sets import decode_port_set
-from netapply_wire.nfnetlink import NFT_MSG_GETSET, NFT_MSG_GETSETELEM, Message, attr, nested, u32, u64
+from netapply_wire.nfnetlink import Message, attr, nested, u32, u64
 from tests.netns import Netns
 from tests.nftables_rulesets import named_set
 
@@ -224,8 +224,8 @@ NEARLY = [
     (Rule((MarkMatch(5),), Return()), "meta mark > 5 counter return"),
     (Rule((StateMatch(("new",)),), Return()), "ct state != new counter return"),
     (Rule((StateMatch(("new",)),), Return()), "ct status snat counter return"),
-    (Rule((SocketMatch(),), Return()), "socket transparent 1 socket wildcard 1 counter return"),
-    (Rule((SocketMatch(),), Return()), "socket transparent 1 counter return"),
+    (Rule((SocketMatch(),), Return()), "socket transparent 1 socket wildcard 0 counter return"),
+    (Rule((SocketMatch(),), Return()), "socket wildcard 0 counter return"),
     (Rule((), SetMark(1)), "counter meta priority set 1"),
     (Rule((), SetMark(1)), "counter meta mark set meta mark << 1"),
     (Rule((), SaveMark()), "counter ct mark set ct mark"),
@@ -260,14 +260,14 @@ def test_a_chain_that_moves_can_be_jumped_to_by_one_that_stays(kernel: Namespace
 
 
 def dumped(*elements: bytes) -> Message:
-    return Message(NFT_MSG_GETSETELEM, 1, {3: b"".join(elements)})
+    return Message(1, {3: b"".join(elements)})
 
 
 def element(key: int, *more: bytes) -> bytes:
     return nested(1, nested(1, attr(1, key.to_bytes(2))), *more)
 
 
-PORT_SET = Message(NFT_MSG_GETSET, 1, {2: b"__set0\0", 3: b"\0\0\0\7", 4: b"\0\0\0\x0d"})
+PORT_SET = Message(1, {2: b"__set0\0", 3: b"\0\0\0\7", 4: b"\0\0\0\x0d"})
 END = u32(3, 1)
 
 

@@ -72,7 +72,7 @@ apiVersion: netapply/v2
 proxy: {uid: 1, uids: [nobody-here], mark: 0x539/0xff, outbound_port: 70000}
 inbound: {mode: on, ports: {include: [80, 9-5], exclude: 80}}
 outbound: {cidrs: {exclude: [10.0.0.0/8, 10.0.0.1/8]}}
-interfaces: {exclude: [eth+], reroute: [eth0]}
+interfaces: {reroute: [lo]}
 dns: {capture: servers, servers: []}
 log:
   rate: 5
@@ -445,7 +445,6 @@ CONTRADICTORY = {
     "proxy: {uids: [0]}": "proxy.uids",
     "proxy: {gids: [0]}": "proxy.gids",
     "proxy: {uids: [], gids: []}": "proxy.uids",
-    "proxy: {inbound_port: 15001}": "proxy.inbound_port",
     "proxy: {tunnel_port: 15006}": "proxy.tunnel_port",
     "dns: {capture: all, port: 15001}": "dns.port",
     "inbound: {ports: {include: [80, 81], exclude: [70-80]}}": "inbound.ports.include",
@@ -453,15 +452,12 @@ CONTRADICTORY = {
     "outbound: {owners: {include: {uids: [5]}, exclude: {uids: [1-9]}}}": "outbound.owners.include.uids",
     "outbound: {owners: {include: {gids: [5]}, exclude: {gids: [5]}}}": "outbound.owners.include.gids",
     "outbound: {owners: {include: {cgroups: [a/b]}, exclude: {cgroups: [a]}}}": "outbound.owners.include.cgroups",
-    "outbound: {owners: {include: {}}}": "outbound.owners.include",
     "proxy: {self_calls: {uids: []}}": "proxy.self_calls",
     "outbound: {exclude_for_owners: [{protocol: tcp, ports: [1]}]}": "outbound.exclude_for_owners[0]",
     "outbound: {exclude_for_owners: [{protocol: tcp, ports: [], uids: [1]}]}": "outbound.exclude_for_owners[0].ports",
-    "interfaces: {exclude: [br+], reroute: [br0]}": "interfaces.reroute[0].interface",
     "interfaces: {reroute: [br0, {interface: br0}]}": "interfaces.reroute[1].interface",
     "interfaces: {reroute: [lo]}": "interfaces.reroute[0].interface",
     "dns: {capture: servers, servers: []}": "dns.servers",
-    "{dns: {capture: servers, servers: ['fd00::1']}, ipv6: skip}": "dns.servers",
     "dns: {capture: all, addresses: [10.0.0.1, 10.0.0.2]}": "dns.addresses",
     "{dns: {capture: all, addresses: ['fd00::1']}, ipv6: skip}": "dns.addresses",
     "{outbound: {cidrs: {include: ['fd00::/8']}}, ipv6: skip}": "outbound.cidrs.include",
@@ -480,8 +476,12 @@ CONSISTENT = [
     "outbound: {owners: {include: {uids: [1-9]}, exclude: {uids: [5]}}}",
     "outbound: {owners: {include: {cgroups: [ab]}, exclude: {cgroups: [a]}}}",
     "outbound: {owners: {exclude: {}}}",
+    "proxy: {inbound_port: 15001}",
+    "outbound: {owners: {include: {}}}",
     "interfaces: {exclude: [br0], reroute: [br+]}",
+    "interfaces: {exclude: [br+], reroute: [br0]}",
     "{dns: {capture: servers, servers: ['fd00::1']}, ipv6: block}",
+    "{dns: {capture: servers, servers: ['fd00::1']}, ipv6: skip}",
     "{outbound: {cidrs: {include: []}}, ipv6: skip}",
     "dns: {capture: all, addresses: [10.0.0.1, 'fd00::1']}",
     "{proxy: {mark: 1337}, inbound: {mode: redirect}}",
@@ -503,10 +503,16 @@ def test_what_is_merely_unusual_loads(text: str):
 
 
 def test_a_field_with_a_fault_of_its_own_contradicts_nothing():
-    assert set(faults(HEAD + "proxy: {outbound_port: none, inbound_port: 15001}")) == {"proxy.outbound_port"}
+    assert set(faults(HEAD + "proxy: {outbound_port: none, tunnel_port: 15006}")) == {"proxy.outbound_port"}
     assert set(faults(HEAD + "outbound: 5\nproxy: {uids: [], gids: []}")) == {"outbound"}
     nobody = "outbound: {owners: {exclude: {uids: [nobody-here]}}}"
     assert set(faults(HEAD + "proxy: {uids: [], gids: []}\n" + nobody)) == {"outbound.owners.exclude.uids[0]"}
+
+
+def test_the_proxys_ids_keep_their_order_and_are_said_once():
+    """The first uid has rules of its own in Istio's layouts."""
+    proxy = load(HEAD + "proxy: {uids: [2000, 1337, 2000], gids: [7, 5]}").proxy
+    assert (proxy.uids, proxy.gids) == ((2000, 1337), (7, 5))
 
 
 # --- fingerprints and spans ----------------------------------------------------------------------------------

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from netapply.errors import ConflictError, UnsupportedError
+from netapply.remembered import remembered
 from netapply.ruleset import FAMILIES, Ruleset
+from netapply.values import NamedTuple
 from netapply_iptables_legacy.entries import (
+    AT_THE_END,
+    IN_FRONT,
     NAME_SIZE,
+    NO_TAG,
     RETURN,
     Block,
     Entry,
@@ -16,21 +21,26 @@ from netapply_iptables_legacy.entries import (
     plain_entry,
 )
 from netapply_iptables_legacy.rules import encode_rule
-from netapply_iptables_legacy.snapshot import ORDER, KernelTable, LegacySnapshot, Part
+from netapply_iptables_legacy.snapshot import LegacySnapshot, Part
+from netapply_iptables_legacy.sockopt import ORDER
+from netapply_iptables_legacy.tables import known_table
 from netapply_wire.ipset import CreateSet, DestroySet
 from netapply_wire.iptables_save import BUILT_IN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from netapply.backend import Snapshot
     from netapply.ruleset import Chain, Family, Rule, Table
-    from netapply_iptables_legacy.sockopt import Blob
+    from netapply_iptables_legacy.snapshot import Content
+    from netapply_iptables_legacy.sockopt import Blob, Place
+    from netapply_iptables_legacy.tables import KernelTable
 
 NEW = -1
 
 
 class ReplaceTable(NamedTuple):
-    """The step that exchanges one table.
+    """One table exchanged.
 
     `before` is what it was computed from, `created` says that there was no such table. `carry` has for each entry of
     `after` the place of the old entry whose counters it takes over, or NEW. `sets` are the places in `after` where the
@@ -44,11 +54,26 @@ class ReplaceTable(NamedTuple):
     sets: tuple[tuple[int, str], ...]
 
     @property
+    def label(self) -> str:
+        """Which it is, for people: "ip nat"."""
+        return f"{self.before.family} {self.before.name}"
+
+
+class ReplaceTables(NamedTuple):
+    """The step that exchanges tables, one right after the other; where one is refused, those before go back.
+
+    It is not `atomic`: who is killed between two leaves the first new and the second old, so the journal has to know.
+    """
+
+    tables: tuple[ReplaceTable, ...]
+
+    @property
     def name(self) -> str:
-        return f"replace table {self.before.family} {self.before.name}"
+        labels = ", ".join(each.label for each in self.tables)
+        return f"replace table{'s' if len(self.tables) > 1 else ''} {labels}"
 
 
-LegacyStep = ReplaceTable | CreateSet | DestroySet
+LegacyStep = ReplaceTables | CreateSet | DestroySet
 
 
 class _Numbered(NamedTuple):
@@ -58,11 +83,18 @@ class _Numbered(NamedTuple):
     origin: int
 
 
-def encode_steps(current: LegacySnapshot, desired: Ruleset | None) -> tuple[LegacyStep, ...]:
+def encode_steps(snapshot: Snapshot, desired: Ruleset | None) -> tuple[LegacyStep, ...]:
     """Sets first, then the tables as in ORDER, then the sets that nobody uses any more; for a clean, capture first.
 
     Raises UnsupportedError for what iptables cannot express, ConflictError where a foreign rule jumps to our chains.
     """
+    if not isinstance(snapshot, LegacySnapshot):
+        raise TypeError(f"a snapshot of iptables-legacy is needed, not {type(snapshot).__name__}")
+    return _encode(snapshot.content, desired)
+
+
+@remembered(16)
+def _encode(current: Content, desired: Ruleset | None) -> tuple[LegacyStep, ...]:
     wanted = desired or Ruleset()
     tables = {(table.family, table.name): table for table in wanted.tables}
     for family, name in tables:
@@ -70,12 +102,12 @@ def encode_steps(current: LegacySnapshot, desired: Ruleset | None) -> tuple[Lega
             raise UnsupportedError(f"iptables has no table {family} {name}")
     creates, destroys = current.standing.steps(wanted.sets)
     order = ORDER if desired is not None else ORDER[::-1]
-    places: list[tuple[Family, str]] = [(family, name) for name in order for family in FAMILIES]
-    replaces = [step for place in places if (step := _replace(current, place, tables.get(place))) is not None]
-    return (*creates, *replaces, *destroys)
+    places: list[Place] = [(family, name) for name in order for family in FAMILIES]
+    changed = tuple(found for place in places if (found := _replace(current, place, tables.get(place))) is not None)
+    return (*creates, *((ReplaceTables(changed),) if changed else ()), *destroys)
 
 
-def _replace(current: LegacySnapshot, place: tuple[Family, str], wanted: Table | None) -> ReplaceTable | None:
+def _replace(current: Content, place: Place, wanted: Table | None) -> ReplaceTable | None:
     family, name = place
     table = current.tables.get(place)
     if table is None:
@@ -131,8 +163,22 @@ class _Builder:
         if hook < 0:
             raise ConflictError(f"a chain {name} stands there that is not ours")
         pool = _Pool(part.head + part.rules)
-        head, rules = self._rules(wanted.head, pool, tag=True), self._rules(wanted.rules, pool, tag=True)
-        return _NewChain(name, hook, (*head, *foreign, *rules, policy))
+        head = tuple(self._rules(wanted.head, pool, IN_FRONT))
+        rules = tuple(self._rules(wanted.rules, pool, AT_THE_END))
+        if [each.entry.key for each in rules] == [entry.key for _, entry in part.rules]:
+            # Right as they are, so each stays where it stands among foreign ones.
+            return _NewChain(name, hook, (*head, *sorted((*foreign, *rules), key=_origin), policy))
+        at = self._place(part)
+        return _NewChain(name, hook, (*head, *foreign[:at], *rules, *foreign[at:], policy))
+
+    def _place(self, part: Part) -> int:
+        """How many foreign rules stand before those of ours that were put at the end of a chain; all where none were.
+
+        One that has lost its tag counts, too.
+        """
+        standing = (place for place, entry in part.rules + part.head if entry.tag(self._family) != IN_FRONT)
+        first = next(standing, None)
+        return sum(first is None or place < first for place, _ in part.foreign)
 
     def _own(self, wanted: Chain, standing: Part | None) -> _NewChain:
         if len(wanted.name.encode()) > NAME_SIZE:
@@ -141,11 +187,15 @@ class _Builder:
         end = _Numbered(plain_entry(self._family, RETURN), standing.policy[0] if standing else NEW)
         return _NewChain(wanted.name, -1, (*self._rules(wanted.head + wanted.rules, pool), end))
 
-    def _rules(self, rules: Sequence[Rule], pool: _Pool, *, tag: bool = False) -> Iterator[_Numbered]:
+    def _rules(self, rules: Sequence[Rule], pool: _Pool, tag: bytes = NO_TAG) -> Iterator[_Numbered]:
         for rule in rules:
             entry = encode_rule(rule, self._family, self._indices)
-            entry = entry.tagged(self._family) if tag else entry
+            entry = entry.tagged(self._family, tag) if tag != NO_TAG else entry
             yield _Numbered(entry, pool.take(entry))
+
+
+def _origin(each: _Numbered) -> int:
+    return each.origin
 
 
 class _Pool:
@@ -163,9 +213,8 @@ class _Pool:
 
 def _missing(family: Family, name: str) -> KernelTable:
     """A table that is not there, as the kernel will create it."""
-    blocks = empty_table(family, BUILT_IN[name])
-    blob = assemble(family, blocks)
-    return KernelTable(family, name, blob.info, blob.data, blocks)
+    blob = assemble(family, empty_table(family, BUILT_IN[name]))
+    return known_table(family, name, blob.info, blob.data)
 
 
 def _same(before: Sequence[Block], after: Sequence[_NewChain]) -> bool:

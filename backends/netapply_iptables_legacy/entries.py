@@ -7,10 +7,10 @@ chain. So nothing of what a match or target of somebody else contains needs to b
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from netapply.errors import DecodeError, UnsupportedError
+from netapply.values import NamedTuple
 from netapply_iptables_legacy.sockopt import HOOKS, Blob, Info
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ NAME_SIZE = 28  # longest name of a chain: iptables stores it in 29 bytes
 NEXT = ""  # what an entry jumps to that has no target: the next one
 
 
-#: What `nfcache` of our rules in built-in chains says. The kernel keeps the field and never looks at it
+#: What `nfcache` of our rules in built-in chains says, of `Chain.head` and of `Chain.rules`: by it they are known as
+#: ours, and told apart while no foreign rule stands between them. The kernel keeps the field and never looks at it
 #: (linux/netfilter_ipv4/ip_tables.h), and libiptc neither prints nor compares it.
-TAG, NO_TAG = b"netA", bytes(4)
+IN_FRONT, AT_THE_END, NO_TAG = b"netA", b"netZ", bytes(4)
 
 
 class Layout(NamedTuple):
@@ -61,14 +62,15 @@ class Entry(NamedTuple):
     jump: str | None = None
     sets: tuple[tuple[int, str], ...] = ()
 
-    def tagged(self, family: Family) -> Entry:
+    def tagged(self, family: Family, tag: bytes = IN_FRONT) -> Entry:
         """The same, known as ours in a built-in chain too."""
         at = LAYOUT[family].ip_size
-        return self._replace(data=self.data[:at] + TAG + self.data[at + len(TAG) :])
+        return self._replace(data=self.data[:at] + tag + self.data[at + len(tag) :])
 
-    def is_tagged(self, family: Family) -> bool:
-        """Whether it bears our tag."""
-        return self.data.startswith(TAG, LAYOUT[family].ip_size)
+    def tag(self, family: Family) -> bytes:
+        """Which of our tags it bears, or another."""
+        at = LAYOUT[family].ip_size
+        return self.data[at : at + len(NO_TAG)]
 
     @property
     def key(self) -> tuple[bytes, str | None]:
@@ -133,8 +135,6 @@ class _Raw(NamedTuple):
     opens: str | None  # the chain that this ERROR entry begins
 
 
-#: A table whose counters stand still reads back in the same bytes, in one namespace after another too.
-@lru_cache(maxsize=8)
 def parse(family: Family, info: Info, data: bytes) -> tuple[Block, ...]:
     """Cut a table into its chains. Raises DecodeError for one that no iptables has written."""
     raw = _walk(LAYOUT[family], data)
@@ -200,8 +200,19 @@ def entry_counters(family: Family, offsets: Sequence[int], data: bytes) -> list[
 
 
 def entry_offsets(family: Family, data: bytes) -> tuple[int, ...]:
-    """Where each entry of a table begins."""
-    return tuple(each.at for each in _walk(LAYOUT[family], data))
+    """Where each entry of a table begins. Raises DecodeError."""
+    layout = LAYOUT[family]
+    found: list[int] = []
+    at, size = 0, len(data)
+    while at < size:
+        if at + layout.size > size:
+            raise DecodeError(f"an entry at {at} of {size} bytes does not fit")
+        found.append(at)
+        _, following = _OFFSETS.unpack_from(data, at + layout.offsets)
+        if following < layout.size:
+            raise DecodeError(f"an entry at {at} of {size} bytes has an impossible length of {following}")
+        at += following
+    return tuple(found)
 
 
 # --- chains to bytes -----------------------------------------------------------------------------------------
@@ -247,8 +258,17 @@ def assemble(family: Family, blocks: Sequence[Block]) -> Blob:
 def stable(family: Family, data: bytes, offsets: Sequence[int]) -> bytes:
     """A table's bytes without what the kernel writes into it: equal as long as nobody has changed a rule."""
     layout = LAYOUT[family]
-    clear = bytes(layout.size - layout.volatile)
-    found = bytearray(data)
+    return _cleared(data, offsets, layout.volatile, layout.size)
+
+
+def without_counters(family: Family, data: bytes, offsets: Sequence[int]) -> bytes:
+    """A table's bytes without its counters."""
+    size = LAYOUT[family].size
+    return _cleared(data, offsets, size - _COUNTERS.size, size)
+
+
+def _cleared(data: bytes, offsets: Sequence[int], first: int, last: int) -> bytes:
+    found, clear = bytearray(data), bytes(last - first)
     for at in offsets:
-        found[at + layout.volatile : at + layout.size] = clear
+        found[at + first : at + last] = clear
     return bytes(found)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from netapply.backend import Probe
 from netapply.errors import KernelError
 from netapply.ruleset import FAMILIES
-from netapply_iptables_legacy.entries import TAG
-from netapply_iptables_legacy.snapshot import ORDER, LegacySnapshot
+from netapply.values import NamedTuple
 from netapply_iptables_legacy.sockopt import (
+    ORDER,
     SO_GET_REVISION_MATCH,
     SO_GET_REVISION_TARGET,
     has_extension,
-    read_entries,
     read_info,
     table_names,
 )
-from netapply_wire.iptables_save import BUILT_IN
 
 if TYPE_CHECKING:
     from netapply.backend import Owned
     from netapply.kernel import Kernel
     from netapply.ruleset import Family
+    from netapply_iptables_legacy.sockopt import Place
 
 
 class _Needs(NamedTuple):
@@ -96,25 +95,24 @@ def _unusable(number: int) -> Probe:
 
 def _in_use(kernel: Kernel) -> bool:
     """Whether a table holds a rule or a chain, whoever's: more entries than policies and the end."""
-    return any(
-        read_info(kernel, family, name).entries > len(BUILT_IN[name]) + 1
-        for family in FAMILIES
-        for name in table_names(kernel, family)
-        if name in ORDER
-    )
+    infos = (read_info(kernel, family, name) for family, name in _tables(kernel))
+    return any(info.entries > info.valid_hooks.bit_count() + 1 for info in infos)
 
 
 def detect(kernel: Kernel, owned: Owned) -> bool:
     """Whether anything of ours stands in a table. Looks for our names in the bytes before it takes them apart."""
-    marks = (TAG, *(prefix.encode() for prefix in owned.prefixes))
-    if not any(
-        mark in data
-        for family in FAMILIES
-        for name in table_names(kernel, family)
-        if name in ORDER
-        for data in (read_entries(kernel, family, name)[1],)
-        for mark in marks
-    ):
+    if not _tables(kernel):
         return False
-    parts = LegacySnapshot.read(kernel, owned).parts.values()
+    from netapply_iptables_legacy.snapshot import LegacySnapshot, read_tables
+
+    last = LegacySnapshot.last(kernel)
+    seen = read_tables(kernel, last.seen if last else {})
+    if not any(each.table.mentions(owned.prefixes) for each in seen.values()):
+        return False
+    parts = LegacySnapshot.read(kernel, owned, seen).content.parts.values()
     return any(part.ours or part.head or part.rules for table in parts for part in table)
+
+
+def _tables(kernel: Kernel) -> list[Place]:
+    """The tables that there are, of those that we write into."""
+    return [(family, name) for family in FAMILIES for name in table_names(kernel, family) if name in ORDER]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from netapply.errors import DecodeError, UnsupportedError
 from netapply.ruleset import (
@@ -19,6 +19,7 @@ from netapply.ruleset import (
     Rule,
     SetMatch,
 )
+from netapply.values import NamedTuple
 from netapply_iptables_legacy.entries import (
     ACCEPT,
     DROP,

@@ -6,17 +6,21 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from netapply.errors import ConflictError
 from netapply.kernel import Scratch
+from netapply.values import NamedTuple
 from netapply_wire.refusals import refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeAlias
 
     from netapply.kernel import Kernel
     from netapply.ruleset import Family
+
+    Place: TypeAlias = tuple[Family, str]  # family, name of a table
 
 # The same in both families but for the revision queries.
 SO_SET_REPLACE, SO_SET_ADD_COUNTERS = 64, 65
@@ -25,6 +29,8 @@ SO_GET_REVISION_MATCH: dict[Family, int] = {"ip": 66, "ip6": 68}
 SO_GET_REVISION_TARGET: dict[Family, int] = {"ip": 67, "ip6": 69}
 
 HOOKS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")  # enum nf_inet_hooks
+#: The tables that we write into, in the order in which they are put up: what captures comes last.
+ORDER = ("raw", "mangle", "filter", "nat")
 NAMES_FILE: dict[Family, str] = {"ip": "net/ip_tables_names", "ip6": "net/ip6_tables_names"}
 
 _INFO = struct.Struct("=32sI5I5III")  # ipt_getinfo
@@ -39,7 +45,7 @@ READ_ATTEMPTS = 64
 
 
 class Info(NamedTuple):
-    """What GET_INFO says of a table. Offsets are by hook; those of hooks that are not in `valid_hooks` mean nothing."""
+    """What GET_INFO says of a table. Offsets are by hook; those of hooks that are not in `valid_hooks` are 0."""
 
     valid_hooks: int
     hook_entry: tuple[int, ...]
@@ -70,6 +76,8 @@ def get_info(kernel: Kernel, family: Family, table: str) -> Info:
     """GET_INFO. It creates the table where there is none: ask `table_names` first. Raises OSError."""
     answer = kernel.getsockopt(family, SO_GET_INFO, table.encode().ljust(_INFO.size, b"\0"))
     _, valid_hooks, *offsets, entries, size = _INFO.unpack(answer)
+    # The kernel leaves -1 where there is no hook, and zeros in a table that it made itself.
+    offsets = [offsets[hook] if valid_hooks >> hook % 5 & 1 else 0 for hook in range(10)]
     return Info(valid_hooks, tuple(offsets[:5]), tuple(offsets[5:]), entries, size)
 
 

@@ -2,7 +2,7 @@
 
 Decoding is strict: an expression, register or flag that `encode_rule` would not write makes the rule "not one of ours".
 The native spelling of protocol, port and mark is the exception: iptables from 1.8.8 on gives it to our rules when
-somebody saves and restores them, and they mean what they meant.
+somebody saves and restores them. They mean what they meant, and are told apart as `native`: 1.8.7 misreads them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from struct import Struct
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from netapply.errors import DecodeError
 from netapply.ruleset import (
@@ -31,6 +31,7 @@ from netapply.ruleset import (
     Rule,
     Statement,
 )
+from netapply.values import NamedTuple
 from netapply_iptables_nft.dumped import verdict_of
 from netapply_iptables_nft.encode import ADDRESS_OFFSET, NO_INTERFACE, prefix_mask
 from netapply_wire.expressions import (
@@ -82,6 +83,13 @@ _VERDICTS: dict[int, Statement] = {NFT_RETURN: Return(), NF_ACCEPT: Accept(), NF
 _MARK = Struct("=I")
 
 
+class Decoded(NamedTuple):
+    """What a rule means, and whether a newer iptables wrote it otherwise than `encode_rule` does."""
+
+    rule: Rule
+    native: bool
+
+
 class Load(NamedTuple):
     """What the register holds: a field of the packet, `size` bytes of it, ANDed with `mask` if that is not empty."""
 
@@ -91,12 +99,12 @@ class Load(NamedTuple):
 
 
 @lru_cache(maxsize=16384)
-def decode_rule(stateless: bytes, family: Family, sets: SetNames = ()) -> Rule:
+def decode_rule(stateless: bytes, family: Family, sets: SetNames = ()) -> Decoded:
     """The rule that `without_state` left. Pure. Raises DecodeError for one that is not of our making."""
     reader = _Reader(family, dict(sets))
     for each in parse_expressions(stateless):
         reader.read(each)
-    return reader.rule()
+    return reader.decoded()
 
 
 class _Reader:
@@ -110,6 +118,7 @@ class _Reader:
         self._matches: list[Match] = []
         self._comment = ""
         self._counted = False
+        self._native = False
         self._statement: Statement | None = None
 
     def read(self, each: Expression) -> None:
@@ -120,11 +129,11 @@ class _Reader:
             raise _foreign(each)
         reader(self, each)
 
-    def rule(self) -> Rule:
+    def decoded(self) -> Decoded:
         if self._statement is None or self._load is not None or not self._counted:
             raise DecodeError("a rule without a counter and a statement: not one of ours")
         header = [self._header[field] for field in sorted(self._header, key=_HEADER_ORDER.__getitem__)]
-        return Rule((*header, *self._matches), self._statement, comment=self._comment)
+        return Decoded(Rule((*header, *self._matches), self._statement, comment=self._comment), self._native)
 
     def _loaded_only(self) -> None:
         """Any interface will do (`+`) where its name is loaded and not compared."""
@@ -138,10 +147,12 @@ class _Reader:
 
     def meta(self, each: Expression) -> None:
         field = _META.get(each.number(2))
+        self._native |= field == "mark"
         self._set_load(each, None if field is None else Load(field, _FIELD_SIZE.get(field, 0)), register=1)
 
     def payload(self, each: Expression) -> None:
         field, size = _PAYLOAD.get((self._family, each.number(2), each.number(3))), each.number(4)
+        self._native |= field not in ("src", "dst")
         wrong = field is None or _FIELD_SIZE.get(field, size) != size
         self._set_load(each, None if wrong or field is None else Load(field, size), register=1)
 

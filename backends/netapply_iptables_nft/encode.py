@@ -7,7 +7,7 @@ iptables 1.8.7 writes them in the same way, byte for byte. Later versions write 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias, assert_never
+from typing import TypeAlias, assert_never
 
 from netapply.errors import UnsupportedError
 from netapply.ruleset import (
@@ -41,6 +41,7 @@ from netapply.ruleset import (
     Statement,
     TProxy,
 )
+from netapply.values import NamedTuple
 from netapply_wire.expressions import (
     NF_ACCEPT,
     NF_DROP,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from netapply.ruleset import Base, Rule
+from netapply.values import NamedTuple
 from netapply_iptables_nft.builtin import HOOKS
 from netapply_iptables_nft.encode import SetReference, encode_rule
 from netapply_iptables_nft.tables import (

@@ -10,12 +10,13 @@ import errno
 import struct
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from netapply.backend import Probe
 from netapply.errors import KernelError
 from netapply.kernel import NETLINK_NETFILTER, Kernel
 from netapply.ruleset import Family
+from netapply.values import NamedTuple
 from netapply_iptables_nft.tables import read_tables
 from netapply_wire.nfnetlink import NFPROTO, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, string, u32
 

@@ -7,10 +7,12 @@ bytes of their expressions, so that what is not ours is never decoded, only comp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+from functools import lru_cache
+from typing import TypeAlias
 
 from netapply.kernel import Kernel
 from netapply.ruleset import FAMILIES, Family
+from netapply.values import NamedTuple
 from netapply_iptables_nft.builtin import BUILT_IN, TABLES
 from netapply_wire.expressions import (
     NFTA_RULE_CHAIN,
@@ -28,12 +30,14 @@ from netapply_wire.nfnetlink import (
     dump,
     number,
     parse_attributes,
+    parse_message,
     string,
     text,
 )
 
 # enum nft_table_attributes, nft_chain_attributes, nft_hook_attributes of linux/netfilter/nf_tables.h
-NFTA_TABLE_NAME, NFTA_TABLE_USE, NFTA_TABLE_USERDATA = 1, 3, 6
+NFTA_TABLE_NAME, NFTA_TABLE_FLAGS, NFTA_TABLE_USE, NFTA_TABLE_USERDATA = 1, 2, 3, 6
+NFT_TABLE_F_OWNER = 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE = 1, 3, 4, 5, 7
 NFTA_CHAIN_USERDATA = 12
 NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY = 1, 2
@@ -90,28 +94,53 @@ class TableState(NamedTuple):
     chains: Mapping[str, ChainState]
 
 
-def read_tables(kernel: Kernel) -> dict[TableKey, TableState]:
+class Dumped(NamedTuple):
+    """The tables as the kernel dumped them: equal where the same stands.
+
+    `tables` are of both families: family, name, flags, use, ours; their handles, which differ wherever they are made,
+    are left out. `chains` and `rules` are bytes for `parse_message`.
+    """
+
+    tables: tuple[tuple[Family, str, int, int, bool], ...] = ()
+    chains: tuple[bytes, ...] = ()
+    rules: tuple[bytes, ...] = ()
+
+    @property
+    def may_vanish(self) -> bool:
+        """Whether a table goes with the process that owns it, which does not raise the generation."""
+        return any(flags & NFT_TABLE_F_OWNER for _, _, flags, _, _ in self.tables)
+
+
+def read_tables(kernel: Kernel) -> Mapping[TableKey, TableState]:
     """The tables that are there. Raises KernelError; not consistent by itself, see nfnetlink.read_consistent."""
-    families: dict[int, Family] = {NFPROTO["ip"]: "ip", NFPROTO["ip6"]: "ip6"}
-    tables: dict[TableKey, TableState] = {}
-    for each in dump(kernel, NFT_MSG_GETTABLE, 0):
-        family = families.get(each.family)
-        name = text(each.attributes[NFTA_TABLE_NAME])
+    return tables_of(dump_tables(kernel))
+
+
+def dump_tables(kernel: Kernel) -> Dumped:
+    """Of the tables that are there all chains and rules. Raises KernelError; not consistent by itself."""
+    tables: list[tuple[Family, str, int, int, bool]] = []
+    for each in map(parse_message, dump(kernel, NFT_MSG_GETTABLE, 0)):
+        family, name = _FAMILIES.get(each.family), text(each.attributes[NFTA_TABLE_NAME])
         if family is not None and (family, name) in _MANAGED:
-            use, ours = number(each.attributes[NFTA_TABLE_USE]), _made_by_us(each, NFTA_TABLE_USERDATA)
-            tables[family, name] = TableState(use, ours, {})
-    for family in FAMILIES:
-        if any(key[0] == family for key in tables):
-            _read_chains(kernel, family, tables)
-    return tables
+            flags, use = (number(each.attributes.get(kind, b"")) for kind in (NFTA_TABLE_FLAGS, NFTA_TABLE_USE))
+            tables.append((family, name, flags, use, _made_by_us(each, NFTA_TABLE_USERDATA)))
+    rules = [
+        rule
+        for family, name, _, _, _ in tables
+        for rule in dump(kernel, NFT_MSG_GETRULE, NFPROTO[family], string(NFTA_RULE_TABLE, name))
+    ]
+    families: set[Family] = {each[0] for each in tables}
+    # Of both families at once, where there are tables of both: one dump less.
+    asked = NFPROTO[families.pop()] if len(families) == 1 else 0
+    return Dumped(tuple(tables), dump(kernel, NFT_MSG_GETCHAIN, asked) if tables else (), tuple(rules))
 
 
-def detect_chains(kernel: Kernel, prefixes: tuple[str, ...]) -> bool:
-    """Whether a chain whose name begins with one of `prefixes` stands in one of the tables. Raises KernelError."""
-    return any(
-        text(each.attributes[NFTA_CHAIN_NAME]).startswith(prefixes)
+def detect_chains(kernel: Kernel) -> tuple[str, ...]:
+    """The names of all chains in the tables. Raises KernelError."""
+    return tuple(
+        text(each.attributes[NFTA_CHAIN_NAME])
         for family in FAMILIES
-        for each in dump(kernel, NFT_MSG_GETCHAIN, NFPROTO[family])
+        for each in map(parse_message, dump(kernel, NFT_MSG_GETCHAIN, NFPROTO[family]))
         if text(each.attributes[NFTA_CHAIN_TABLE]) in BUILT_IN
     )
 
@@ -119,37 +148,37 @@ def detect_chains(kernel: Kernel, prefixes: tuple[str, ...]) -> bool:
 _MANAGED = frozenset(TABLES)
 
 
-def _read_chains(kernel: Kernel, family: Family, tables: dict[TableKey, TableState]) -> None:
-    found: dict[str, dict[str, ChainState]] = {name: {} for each, name in tables if each == family}
-    rules = {name: _read_rules(kernel, family, name) for name in found}
-    for each in dump(kernel, NFT_MSG_GETCHAIN, NFPROTO[family]):
-        table = text(each.attributes[NFTA_CHAIN_TABLE])
-        if table not in found:
-            continue
-        name, policy = text(each.attributes[NFTA_CHAIN_NAME]), each.attributes.get(NFTA_CHAIN_POLICY)
-        found[table][name] = ChainState(
-            name,
-            _hooked(each),
-            None if policy is None else number(policy),
-            _made_by_us(each, NFTA_CHAIN_USERDATA),
-            tuple(rules[table].get(name, ())),
-        )
-    for name, chains in found.items():
-        tables[family, name] = tables[family, name]._replace(chains=chains)
+_FAMILIES: dict[int, Family] = {NFPROTO["ip"]: "ip", NFPROTO["ip6"]: "ip6"}
 
 
-def _read_rules(kernel: Kernel, family: Family, table: str) -> dict[str, list[RuleState]]:
-    rules: dict[str, list[RuleState]] = {}
-    for each in dump(kernel, NFT_MSG_GETRULE, NFPROTO[family], string(NFTA_RULE_TABLE, table)):
+@lru_cache(4)
+def tables_of(dumped: Dumped) -> Mapping[TableKey, TableState]:
+    """The tables that such a dump describes."""
+    rules: dict[tuple[int, str, str], list[RuleState]] = {}
+    for each in map(parse_message, dumped.rules):
         found = each.attributes
-        rules.setdefault(text(found[NFTA_RULE_CHAIN]), []).append(
-            RuleState(
-                number(found[NFTA_RULE_HANDLE]),
-                found.get(NFTA_RULE_EXPRESSIONS, b""),
-                found.get(NFTA_RULE_USERDATA, b""),
-            )
-        )
-    return rules
+        place = each.family, text(found[NFTA_RULE_TABLE]), text(found[NFTA_RULE_CHAIN])
+        rules.setdefault(place, []).append(_rule_state(found))
+    chains: dict[tuple[int, str], dict[str, ChainState]] = {}
+    for each in map(parse_message, dumped.chains):
+        table, name = (text(each.attributes[kind]) for kind in (NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME))
+        state = _chain_state(name, each, tuple(rules.get((each.family, table, name), ())))
+        chains.setdefault((each.family, table), {})[name] = state
+    return {
+        (family, name): TableState(use, ours, chains.get((NFPROTO[family], name), {}))
+        for family, name, _, use, ours in dumped.tables
+    }
+
+
+def _rule_state(found: Mapping[int, bytes]) -> RuleState:
+    handle = number(found[NFTA_RULE_HANDLE])
+    return RuleState(handle, found.get(NFTA_RULE_EXPRESSIONS, b""), found.get(NFTA_RULE_USERDATA, b""))
+
+
+def _chain_state(name: str, chain: Message, rules: tuple[RuleState, ...]) -> ChainState:
+    policy = chain.attributes.get(NFTA_CHAIN_POLICY)
+    ours = _made_by_us(chain, NFTA_CHAIN_USERDATA)
+    return ChainState(name, _hooked(chain), None if policy is None else number(policy), ours, rules)
 
 
 def _hooked(chain: Message) -> Hooked | None:

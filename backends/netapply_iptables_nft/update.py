@@ -7,16 +7,19 @@ are never rewritten, so their order, handles and counters stay.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from netapply.errors import ConflictError, UnsupportedError
+from netapply.remembered import remembered
 from netapply.ruleset import FAMILIES, Chain, Family, Rule, Ruleset, Table
+from netapply.values import NamedTuple
 from netapply_iptables_nft.builtin import BUILT_IN, HOOKS, TABLES
 from netapply_iptables_nft.dumped import jump_to_ours
 from netapply_iptables_nft.encode import encode_rule
 from netapply_iptables_nft.operations import Change, TableOperations
-from netapply_iptables_nft.snapshot import Placed, Rules, Snapshot, View
+from netapply_iptables_nft.snapshot import Contents, Placed, Rules, Snapshot, View
 from netapply_iptables_nft.tables import AT_THE_END, IN_FRONT, Hooked, TableKey, TableState
+from netapply_wire import nfnetlink
 from netapply_wire.ipset import CreateSet, DestroySet
 
 
@@ -26,6 +29,7 @@ class Batch(NamedTuple):
     name: str
     changes: tuple[Change, ...]
     generation: int
+    atomic: bool = True
 
 
 Steps: TypeAlias = tuple[CreateSet | Batch | DestroySet, ...]
@@ -36,6 +40,12 @@ def encode_steps(current: Snapshot, desired: Ruleset | None) -> Steps:
 
     Raises UnsupportedError, and ConflictError where somebody else's rules or chains are in the way.
     """
+    steps = _steps(current.contents, desired)
+    return tuple(each._replace(generation=current.generation) if isinstance(each, Batch) else each for each in steps)
+
+
+@remembered(16)
+def _steps(current: Contents, desired: Ruleset | None) -> Steps:
     wanted = desired or Ruleset()
     tables = {_key(table): table for table in wanted.tables}
     changes: list[Change] = []
@@ -45,9 +55,15 @@ def encode_steps(current: Snapshot, desired: Ruleset | None) -> Steps:
             changes += found
             touched.add(key[0])
     name = f"batch {', '.join(family for family in FAMILIES if family in touched)}"
-    batch = (Batch(name, tuple(changes), current.generation),) if changes else ()
+    batch = (Batch(name, tuple(changes), 0),) if changes else ()
     creates, destroys = current.standing.steps(wanted.sets)
     return (*creates, *batch, *destroys)
+
+
+@remembered(16)
+def encoded(changes: tuple[Change, ...]) -> nfnetlink.Batch:
+    """The bytes of changes in which no set is named."""
+    return nfnetlink.encode_batch([each.operation for each in changes])
 
 
 def _key(table: Table) -> TableKey:
@@ -66,7 +82,7 @@ _ABSENT = View(TableState(use=0, ours=True, chains={}), {}, {}, {})
 class _Update:
     """From one table as it stands to the same table as it is wanted."""
 
-    def __init__(self, current: Snapshot, key: TableKey, table: Table | None) -> None:
+    def __init__(self, current: Contents, key: TableKey, table: Table | None) -> None:
         chains = table.chains if table else ()
         self._key = key
         self._prefixes = current.owned.prefixes
@@ -127,10 +143,12 @@ class _Update:
         return tagged and self._same(placed.head, wanted.head) and self._same(placed.rules, wanted.rules)
 
     def _same(self, standing: Rules, wanted: tuple[Rule, ...]) -> bool:
-        """Whether the rules mean the same: what is encoded alike is alike, as cgroups are by their path alone."""
+        """Whether the rules are as we write them; what is encoded alike is alike, as cgroups are by their path."""
         family = self._key[0]
         return len(standing) == len(wanted) and all(
-            one.rule is not None and (one.rule == other or encode_rule(one.rule, family) == encode_rule(other, family))
+            one.rule is not None
+            and not one.native
+            and (one.rule == other or encode_rule(one.rule, family) == encode_rule(other, family))
             for one, other in zip(standing, wanted, strict=True)
         )
 

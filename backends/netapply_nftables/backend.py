@@ -1,17 +1,22 @@
-"""The backend "nftables": the `netapply.backend.Backend` of the native dialect."""
+"""The backend "nftables": the `netapply.backend.Backend` of the native dialect.
+
+To look whether ours is there costs nothing but this file: what reads and writes rules is imported when it is used.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from netapply.backend import OURS, STRANGE_RULE, Dialect, Owned, Probe, is_strange
 from netapply.kernel import Kernel
+from netapply.remembered import remembered
 from netapply.ruleset import Chain, Rule, Ruleset, Table
-from netapply_nftables.changes import check, create_table, delete_table, update_table
-from netapply_nftables.probe import probe
-from netapply_nftables.render import render, render_rule
-from netapply_nftables.snapshot import Snapshot, find_table, read_snapshot
+from netapply.values import NamedTuple
+from netapply_nftables.find import Snapshot, look_for_table
 from netapply_wire.nfnetlink import Batch, encode_batch, send_batch
+
+if TYPE_CHECKING:
+    from netapply_nftables.snapshot import Contents
 
 
 class Step(NamedTuple):
@@ -20,6 +25,7 @@ class Step(NamedTuple):
     name: str
     batch: Batch
     generation: int
+    atomic: bool = True
 
 
 class Nftables:
@@ -28,30 +34,27 @@ class Nftables:
     name = "nftables"
     dialect = Dialect("inet", port_slots=0, sets_from=2)
 
-    def __init__(self) -> None:
-        # The last rule sets that were put into namespaces without ours: a node agent puts few into many.
-        self._created: tuple[tuple[Ruleset, Batch], ...] = ()
-
     def probe(self, kernel: Kernel) -> Probe:
         """Whether this kernel takes our rules, by a batch that it checks and throws away."""
+        from netapply_nftables.probe import probe
+
         return probe(kernel)
 
     def detect(self, kernel: Kernel, owned: Owned = OURS) -> bool:
         """Whether our table is there. Raises KernelError."""
-        return find_table(kernel, owned.table) is not None
+        _, table, _ = look_for_table(kernel, owned.table)
+        return table is not None
 
     def read(self, kernel: Kernel, owned: Owned = OURS) -> Snapshot:
         """Our table at one generation."""
+        from netapply_nftables.snapshot import read_snapshot
+
         return read_snapshot(kernel, owned.table)
 
     def encode(self, current: Snapshot, desired: Ruleset | None) -> tuple[Step, ...]:
         """One batch, or () when all is as it should be. Raises UnsupportedError."""
-        if desired is None or not desired.tables:
-            batch = encode_batch(delete_table(current.table)) if current.contents else None
-        elif current.contents is None:
-            batch = self._creation(desired)
-        else:
-            batch = _change(current, desired)
+        wanted = desired if desired and desired.tables else None
+        batch = _change(current.contents, wanted, current.table)
         return (Step(f"batch table inet {current.table}", batch, current.generation),) if batch else ()
 
     def commit(self, kernel: Kernel, step: Step) -> None:
@@ -60,30 +63,33 @@ class Nftables:
 
     def render(self, ruleset: Ruleset) -> str:
         """What `nft list table inet netapply` prints for it, all counters 0."""
+        from netapply_nftables.render import render
+
         return render(ruleset)
 
     def render_rule(self, table: Table, chain: Chain, rule: Rule) -> str:  # noqa: ARG002 - a rule says it all here
         """One rule as `nft` prints it, without its counter."""
         if is_strange(rule):
             return STRANGE_RULE
+        from netapply_nftables.render import render_rule
+
         return render_rule(rule)[0].replace("counter packets 0 bytes 0 ", "", 1)
 
-    def _creation(self, desired: Ruleset) -> Batch:
-        for known, batch in self._created:
-            if known is desired:
-                return batch
-        check(desired)
-        batch = encode_batch(create_table(desired))
-        self._created = ((desired, batch), *self._created[:3])
-        return batch
 
+@remembered(16)
+def _change(current: Contents | None, desired: Ruleset | None, table: str) -> Batch | None:
+    """One batch from these contents to these rules, which need not be objects that others are equal to."""
+    if current is None and desired is None:
+        return None
+    from netapply_nftables.changes import check, create_table, delete_table, update_table
 
-def _change(current: Snapshot, desired: Ruleset) -> Batch | None:
-    standing = current.ruleset
-    desired = desired._replace(sets=tuple(sorted(desired.sets)))
-    if standing is None or standing == desired:
+    if desired is None:
+        return encode_batch(delete_table(table))
+    if current is not None and current.ruleset == desired._replace(sets=tuple(sorted(desired.sets))):
         return None
     check(desired)
+    if current is None:
+        return encode_batch(create_table(desired))
     if current.oddities:
-        return encode_batch([*delete_table(current.table), *create_table(desired)])
-    return encode_batch(update_table(standing, desired))
+        return encode_batch([*delete_table(table), *create_table(desired)])
+    return encode_batch(update_table(current.ruleset, desired._replace(sets=tuple(sorted(desired.sets)))))

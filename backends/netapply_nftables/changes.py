@@ -15,6 +15,7 @@ from netapply.backend import STRANGE
 from netapply.errors import UnsupportedError
 from netapply.ruleset import Chain, Jump, NamedSet, PortRange, Rule, Ruleset, SetMatch, Table
 from netapply_nftables.encode import encode_rule
+from netapply_nftables.find import NFTA_TABLE_NAME
 from netapply_nftables.sets import add_named_set, add_port_set
 from netapply_nftables.snapshot import (
     HOOKS,
@@ -25,7 +26,6 @@ from netapply_nftables.snapshot import (
     NFTA_CHAIN_TYPE,
     NFTA_HOOK_HOOKNUM,
     NFTA_HOOK_PRIORITY,
-    NFTA_TABLE_NAME,
 )
 from netapply_wire.expressions import NF_ACCEPT
 from netapply_wire.nfnetlink import (

@@ -100,8 +100,7 @@ def _decode_matches(
         if term.source == "meta" and term.key == nft.NFT_META_NFPROTO:
             family = _decode_guard(term)
         elif term.source == "socket" and term.key == nft.NFT_SOCKET_TRANSPARENT:
-            other, at = read_term(expressions, at)
-            matches.append(_decode_socket(term, other))
+            matches.append(_decode_socket(term))
         else:
             matches.append(_decode_match(term, family, cgroup, port_sets))
     return tuple(matches), family
@@ -183,10 +182,8 @@ def _decode_port(term: Term, port_sets: Mapping[str, tuple[PortRange, ...]]) -> 
     return PortMatch(side, (PortRange(number(term.first), number(term.last)),), term.negate)
 
 
-def _decode_socket(transparent: Term, wildcard: Term) -> SocketMatch:
-    made = (transparent.first, wildcard.source, wildcard.key, wildcard.first)
-    changed = transparent.negate or wildcard.negate or transparent.mask or wildcard.mask
-    if changed or made != (b"\1", "socket", nft.NFT_SOCKET_WILDCARD, b"\0"):
+def _decode_socket(term: Term) -> SocketMatch:
+    if term.first != b"\1" or term.negate or term.mask:
         raise DecodeError("a socket match that netapply does not make")
     return SocketMatch()
 

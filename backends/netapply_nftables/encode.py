@@ -148,9 +148,8 @@ def _encode_match(match: Match, family: Family | None) -> bytes:
         case SocketMatch(transparent=False):
             raise UnsupportedError("native nftables is asked for transparent sockets alone")
         case SocketMatch():
-            # xt_socket leaves listeners of the any address out too (they need no help to get their packets).
-            transparent = nft.socket(nft.NFT_SOCKET_TRANSPARENT) + nft.cmp(nft.NFT_CMP_EQ, b"\1")
-            return transparent + nft.socket(nft.NFT_SOCKET_WILDCARD) + nft.cmp(nft.NFT_CMP_EQ, b"\0")
+            # Not `socket wildcard` too: nft_socket.c knows none of a connection whose handshake is not done.
+            return nft.socket(nft.NFT_SOCKET_TRANSPARENT) + nft.cmp(nft.NFT_CMP_EQ, b"\1")
         case LimitMatch():
             if match.rate < 1 or match.burst < 1:
                 raise UnsupportedError(f"a limit of {match.rate} a minute, burst {match.burst}, lets nothing through")

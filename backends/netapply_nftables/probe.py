@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from itertools import chain
-from typing import NamedTuple
 
 from netapply.backend import Probe
 from netapply.errors import KernelError
@@ -39,8 +38,17 @@ from netapply.ruleset import (
     Table,
     TProxy,
 )
+from netapply.values import NamedTuple
 from netapply_nftables.changes import create_table
-from netapply_wire.nfnetlink import NFT_MSG_GETTABLE, Operation, check_batch, dump, encode_batch, text
+from netapply_wire.nfnetlink import (
+    NFT_MSG_GETTABLE,
+    Operation,
+    check_batch,
+    dump,
+    encode_batch,
+    parse_message,
+    text,
+)
 
 _SET = NamedSet("netapply-4-probe", "ip", (Cidr(b"\n\0\0\0", 8),))
 _TCP = ProtocolMatch(6)
@@ -102,7 +110,7 @@ def probe(kernel: Kernel) -> Probe:
     present: tuple[_Feature, ...] = FEATURES
     missing: dict[str, str] = {}
     try:
-        tables = dump(kernel, NFT_MSG_GETTABLE, 0)
+        tables = [parse_message(each) for each in dump(kernel, NFT_MSG_GETTABLE, 0)]
         while refused := _refused(kernel, present):
             missing[refused.word] = refused.remedy
             present = tuple(feature for feature in present if feature is not refused)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Sequence
 from typing import assert_never
 
@@ -42,6 +41,7 @@ from netapply.ruleset import (
     Statement,
     TProxy,
 )
+from netapply.sockets import socket
 from netapply_nftables.encode import ALL_BITS, STATE_BITS
 
 _PROTOCOLS = {
@@ -173,7 +173,7 @@ def _match(match: Match, family: Family | None, protocol: str) -> str:
         case StateMatch():
             return f"ct state {','.join(state for state in STATE_BITS if state in match.states)}"
         case SocketMatch():
-            return "socket transparent 1 socket wildcard 0"
+            return "socket transparent 1"
         case LimitMatch():
             burst = "" if match.burst == _DEFAULT_BURST else f" burst {match.burst} packets"
             return f"limit rate {match.rate}/minute{burst}"

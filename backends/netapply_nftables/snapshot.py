@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import NamedTuple
 
 from netapply.backend import Counters
-from netapply.errors import DecodeError
+from netapply.errors import ConflictError, DecodeError
 from netapply.kernel import Kernel
 from netapply.ruleset import Base, Chain, ChainType, Hook, Jump, NamedSet, PortRange, Rule, Ruleset, Table, TProxy
+from netapply.values import NamedTuple
 from netapply_nftables.decode import ANONYMOUS_SET, PortSets, decode_rule, is_fallback
+from netapply_nftables.find import MEMORY, Snapshot, look_for_table
 from netapply_nftables.sets import NFT_SET_ANONYMOUS, NFTA_SET_NAME, decode_named_set, decode_port_set, set_flags
 from netapply_wire.expressions import (
     NF_ACCEPT,
@@ -25,19 +26,18 @@ from netapply_wire.nfnetlink import (
     NFT_MSG_GETRULE,
     NFT_MSG_GETSET,
     NFT_MSG_GETSETELEM,
-    NFT_MSG_GETTABLE,
+    READ_ATTEMPTS,
     Message,
     dump,
-    get,
     number,
     parse_attributes,
-    read_consistent,
+    parse_message,
     string,
     text,
 )
 
 # linux/netfilter/nf_tables.h
-NFTA_TABLE_NAME, NFTA_TABLE_FLAGS, NFTA_TABLE_USE = 1, 2, 3
+NFTA_TABLE_FLAGS, NFTA_TABLE_USE = 2, 3
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY = 1, 3, 4, 5
 NFTA_CHAIN_TYPE, NFTA_CHAIN_FLAGS = 7, 10
 NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY = 1, 2
@@ -47,48 +47,48 @@ HOOKS: tuple[Hook, ...] = ("prerouting", "input", "forward", "output", "postrout
 CHAIN_TYPES: dict[str, ChainType] = {"nat": "nat", "filter": "filter", "route": "route"}
 
 
-class Contents(NamedTuple):
-    """Our table as the kernel dumped it. `elements` go with `sets`."""
+class Dumped(NamedTuple):
+    """Our table as the kernel dumped it, as bytes for `parse_message`. `elements` go with `sets`.
 
-    table: Message
-    chains: tuple[Message, ...]
-    rules: tuple[Message, ...]
-    sets: tuple[Message, ...]
-    elements: tuple[Sequence[Message], ...]
+    `flags` and `use` are the table's: its handle, which differs wherever it is made, is left out.
+    """
+
+    flags: int
+    use: int
+    chains: tuple[bytes, ...]
+    rules: tuple[bytes, ...]
+    sets: tuple[bytes, ...]
+    elements: tuple[tuple[bytes, ...], ...]
 
 
-class Snapshot:
-    """Our table at one generation; `contents` is None where there is none.
+class Contents:
+    """Our table, decoded when it is asked for.
 
     What others did to it shows up in `ruleset` as chains, and jumps, whose names begin with "<".
     """
 
-    def __init__(self, table: str, generation: int, contents: Contents | None) -> None:
-        self.table = table
-        self.generation = generation
-        self.contents = contents
-
-    @property
-    def foreign(self) -> object:
-        """Always (): the table is ours alone, and others are never touched."""
-        return ()
+    def __init__(self, table: str, dumped: Dumped) -> None:
+        self._table = table
+        self.flags, self._use = dumped.flags, dumped.use
+        self._chains, self._rules, self._set_messages = (
+            tuple(map(parse_message, each)) for each in (dumped.chains, dumped.rules, dumped.sets)
+        )
+        self._elements = tuple(tuple(map(parse_message, each)) for each in dumped.elements)
 
     @cached_property
-    def ruleset(self) -> Ruleset | None:
-        """Ours, decoded: chains in the kernel's order, sets by name."""
-        if self.contents is None:
-            return None
-        places = map(_place, self.contents.chains)
+    def ruleset(self) -> Ruleset:
+        """Ours: chains in the kernel's order, sets by name."""
+        places = map(_place, self._chains)
         decoded = zip(self._decoded.items(), places, strict=True)  # both in the kernel's order
         chains = tuple(Chain(name, rules, base) for (name, (rules, _)), (base, _) in decoded)
         strange = tuple(Chain(f"<{oddity}>") for oddity in self.oddities)
-        return Ruleset((Table("inet", self.table, chains + strange),), tuple(sorted(self.named_sets)))
+        return Ruleset((Table("inet", self._table, chains + strange),), tuple(sorted(self.named_sets)))
 
     @cached_property
     def counters(self) -> Counters:
         """Packets and bytes of each of our rules."""
         return {
-            ("inet", self.table, chain, index): count
+            ("inet", self._table, chain, index): count
             for chain, (_, counts) in self._decoded.items()
             for index, count in enumerate(counts)
         }
@@ -111,23 +111,19 @@ class Snapshot:
         return tuple(found)
 
     def _sets(self) -> Iterator[tuple[Message, Sequence[Message]]]:
-        if self.contents:
-            yield from zip(self.contents.sets, self.contents.elements, strict=True)
+        yield from zip(self._set_messages, self._elements, strict=True)
 
     def _find_oddities(self) -> Iterator[str]:
-        if self.contents is None:
-            return
-        table, chains = self.contents.table, self.contents.chains
-        if flags := number(table.attributes.get(NFTA_TABLE_FLAGS, b"")):
-            yield f"table flags {flags}"
-        for message in chains:
+        if self.flags:
+            yield f"table flags {self.flags}"
+        for message in self._chains:
             if reason := _place(message)[1]:
                 yield f"{reason} of chain {text(message.attributes[NFTA_CHAIN_NAME])}"
-        named = {text(m.attributes[NFTA_SET_NAME]) for m in self.contents.sets if not set_flags(m) & NFT_SET_ANONYMOUS}
+        named = {text(m.attributes[NFTA_SET_NAME]) for m in self._set_messages if not set_flags(m) & NFT_SET_ANONYMOUS}
         for name in sorted(named - {found.name for found in self.named_sets}):
             yield f"set {name}"
         # The kernel counts chains, named sets, objects and flow tables of a table, and not anonymous sets.
-        if number(table.attributes.get(NFTA_TABLE_USE, b"")) != len(chains) + len(named):
+        if self._use != len(self._chains) + len(named):
             yield "objects"
 
     @cached_property
@@ -144,13 +140,11 @@ class Snapshot:
     @cached_property
     def _decoded(self) -> dict[str, tuple[tuple[Rule, ...], tuple[tuple[int, int], ...]]]:
         """By chain: its rules, and their (packets, bytes)."""
-        if self.contents is None:
-            return {}
         by_chain: dict[bytes, tuple[list[Rule], list[tuple[int, int]]]] = {
-            message.attributes[NFTA_CHAIN_NAME]: ([], []) for message in self.contents.chains
+            message.attributes[NFTA_CHAIN_NAME]: ([], []) for message in self._chains
         }
         halves: dict[bytes, Rule] = {}  # TProxy rules whose second half should come next in their chain
-        for message in self.contents.rules:
+        for message in self._rules:
             chain = message.attributes[NFTA_RULE_CHAIN]
             rules, counts = by_chain[chain]
             userdata = message.attributes.get(NFTA_RULE_USERDATA, b"")
@@ -219,33 +213,39 @@ def _decode_place(hook: bytes, kind: bytes, policy: int, flags: int) -> tuple[Ba
     return Base(known, HOOKS[at], int.from_bytes(place[NFTA_HOOK_PRIORITY], signed=True)), ""
 
 
-def find_table(kernel: Kernel, table: str) -> Message | None:
-    """Our table as the kernel describes it, or None."""
-    return get(kernel, NFT_MSG_GETTABLE, NFPROTO_INET, string(NFTA_TABLE_NAME, table))
+@lru_cache(8)
+def contents_of(table: str, dumped: Dumped) -> Contents:
+    """What such a dump says, decoded once for all namespaces that hold the same."""
+    return Contents(table, dumped)
 
 
-def read_snapshot(kernel: Kernel, table: str) -> Snapshot:
-    """Our table at one generation. Creates nothing. Raises KernelError; ConflictError when it never stands still."""
-    return read_consistent(kernel, lambda generation: Snapshot(table, generation, _read(kernel, table)))
+def read_snapshot(kernel: Kernel, name: str) -> Snapshot:
+    """The table of this name at one generation, and remembered. Creates nothing.
+
+    Raises KernelError; ConflictError when it never stands still.
+    """
+    at, table, snapshot = look_for_table(kernel, name)
+    for _ in range(READ_ATTEMPTS):
+        if snapshot is not None or table is None:
+            return snapshot or Snapshot(name, at, None)
+        contents = _read(kernel, name, parse_message(table))
+        before = at
+        at, table, snapshot = look_for_table(kernel, name)
+        if at == before:
+            snapshot = Snapshot(name, at, contents)
+            if not contents.flags:  # a table with an owner goes with its process, which does not raise the generation
+                kernel.memory[MEMORY] = snapshot
+    raise ConflictError("somebody keeps changing the nf_tables rules while they are read")
 
 
-def _read(kernel: Kernel, name: str) -> Contents | None:
-    table = find_table(kernel, name)
-    if table is None:
-        return None
+def _read(kernel: Kernel, name: str, table: Message) -> Contents:
+    flags, use = (number(table.attributes.get(each, b"")) for each in (NFTA_TABLE_FLAGS, NFTA_TABLE_USE))
     ours = string(1, name)  # attribute 1 names the table in each kind of request; the kernel ignores it for chains
-    chains = [m for m in dump(kernel, NFT_MSG_GETCHAIN, NFPROTO_INET, ours) if text(m.attributes[1]) == name]
+    chains = tuple(each for each in dump(kernel, NFT_MSG_GETCHAIN, NFPROTO_INET, ours) if each.startswith(ours, 2))
     rules = dump(kernel, NFT_MSG_GETRULE, NFPROTO_INET, ours)
-    sets = dump(kernel, NFT_MSG_GETSET, NFPROTO_INET, ours) if _may_hold_sets(table, chains, rules) else []
-    elements = tuple(
-        dump(kernel, NFT_MSG_GETSETELEM, NFPROTO_INET, ours + string(2, text(m.attributes[NFTA_SET_NAME])))
-        for m in sets
-    )
-    return Contents(table, tuple(chains), tuple(rules), tuple(sets), elements)
-
-
-def _may_hold_sets(table: Message, chains: Sequence[Message], rules: Sequence[Message]) -> bool:
-    """Whether it is worth a dump: the table counts what is not a chain, rules name the anonymous sets they look up."""
-    if number(table.attributes.get(NFTA_TABLE_USE, b"")) != len(chains):
-        return True
-    return any(ANONYMOUS_SET in message.attributes.get(NFTA_RULE_EXPRESSIONS, b"") for message in rules)
+    # A dump more is worth it where the table counts what is not a chain, or rules name anonymous sets.
+    some = use != len(chains) or any(ANONYMOUS_SET in each for each in rules)
+    sets = dump(kernel, NFT_MSG_GETSET, NFPROTO_INET, ours) if some else ()
+    names = (text(parse_message(each).attributes[NFTA_SET_NAME]) for each in sets)
+    elements = tuple(dump(kernel, NFT_MSG_GETSETELEM, NFPROTO_INET, ours + string(2, each)) for each in names)
+    return contents_of(name, Dumped(flags, use, chains, rules, sets, elements))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from netapply.errors import DecodeError
+from netapply.values import NamedTuple
 from netapply_nftables.encode import IFNAMSIZ, OWNER_KEYS
 from netapply_wire import expressions as nft
 from netapply_wire.expressions import Expression
@@ -25,7 +25,6 @@ _WIDTHS = {
     ("ct", nft.NFT_CT_MARK): 4,
     ("ct", nft.NFT_CT_STATE): 4,
     ("socket", nft.NFT_SOCKET_TRANSPARENT): 1,
-    ("socket", nft.NFT_SOCKET_WILDCARD): 1,
     ("socket", nft.NFT_SOCKET_CGROUPV2): 8,
 }
 

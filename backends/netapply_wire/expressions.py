@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from struct import Struct
-from typing import NamedTuple
 
+from netapply.values import NamedTuple
 from netapply_wire.nfnetlink import attr, iter_attributes, nested, number, parse_attributes, string, text, u32, u64
 
 # Attributes of rules (NFTA_RULE_*), expressions (NFTA_EXPR_*), lists and data.
@@ -27,7 +27,7 @@ NF_DROP, NF_ACCEPT, NFT_JUMP, NFT_GOTO, NFT_RETURN = 0, 1, -3, -4, -5
 NFT_META_MARK, NFT_META_IIFNAME, NFT_META_OIFNAME = 3, 6, 7
 NFT_META_SKUID, NFT_META_SKGID, NFT_META_NFPROTO, NFT_META_L4PROTO = 10, 11, 15, 16
 NFT_CT_STATE, NFT_CT_MARK, NFT_CT_ZONE = 0, 3, 17
-NFT_SOCKET_TRANSPARENT, NFT_SOCKET_WILDCARD, NFT_SOCKET_CGROUPV2 = 0, 2, 3
+NFT_SOCKET_TRANSPARENT, NFT_SOCKET_CGROUPV2 = 0, 3
 NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER = 1, 2
 
 # Comparisons: NFT_CMP_* and NFT_RANGE_* begin alike.

@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import struct
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from netapply.errors import KernelError
 from netapply.kernel import NETLINK_NETFILTER
 from netapply.ruleset import Cidr, Family, NamedSet
+from netapply.values import NamedTuple
 from netapply_wire.nfnetlink import attr, iter_attributes, nested, number, parse_attributes, string, text
 from netapply_wire.refusals import refused
 
@@ -41,6 +42,8 @@ NO_INDEX = 65535  # IPSET_INVALID_ID: no set ever has it
 NLMSG_ERROR = 2
 REQUEST, ACK, DUMP = 1, 4, 0x300  # NLM_F_*; without NLM_F_EXCL creating and adding are idempotent
 
+#: Not empty since this process saw ipset loaded. Where it is unloaded again netlink loads it, and it has no sets.
+_seen: list[bool] = []
 #: Elements in one message: the attribute that holds them must stay below 64 KiB.
 CHUNK = 1000
 #: How long to wait for a rule to let go of a set: nf_tables frees its rules in the background.
@@ -210,11 +213,13 @@ def _destroy(kernel: Kernel, step: DestroySet) -> None:
 
 def list_sets(kernel: Kernel, prefix: str) -> tuple[Listed, ...]:
     """The sets whose names begin with `prefix`, sorted by name, with their elements. Raises KernelError."""
-    if not _loaded(kernel):
-        return ()
+    if not _seen:
+        if not _loaded(kernel):
+            return ()
+        _seen.append(True)
     # The names first: a dump with the elements would carry everybody's.
     try:
-        heads = _request(kernel, "list sets", LIST, "ip", _u32(ATTR_FLAGS, LIST_HEADER))
+        heads = _request(kernel, "list sets", LIST, "ip", _HEADERS)
     except KernelError as error:
         if error.errno == errno.EINVAL:  # nfnetlink knows no such subsystem
             return ()
@@ -304,6 +309,9 @@ def _elements(family: Family, data: bytes) -> Iterator[tuple[Cidr, bool]]:
 
 def _u32(kind: int, value: int) -> bytes:
     return attr(kind | NET_ORDER, _BE32.pack(value))
+
+
+_HEADERS = _u32(ATTR_FLAGS, LIST_HEADER)
 
 
 def _request(kernel: Kernel, label: str, command: int, family: Family, body: bytes) -> list[dict[int, bytes]]:

@@ -8,7 +8,6 @@ and version, and with counters at zero. Each family is a section of its own that
 from __future__ import annotations
 
 import re
-import socket
 from typing import assert_never
 
 from netapply.errors import UnsupportedError
@@ -49,6 +48,7 @@ from netapply.ruleset import (
     Table,
     TProxy,
 )
+from netapply.sockets import socket
 from netapply_wire.xtables import ALL_BITS, ALL_PORTS, STATE_BITS
 
 #: The built-in chains of each table, in the order of their hooks.

@@ -7,14 +7,16 @@ those of linux/netlink.h, linux/netfilter/nfnetlink.h and linux/netfilter/nf_tab
 from __future__ import annotations
 
 import errno
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from struct import Struct, error
-from typing import NamedTuple, TypeVar
+from sys import byteorder
+from typing import TypeVar
 
 from netapply.errors import ConflictError, DecodeError, GenerationChanged, KernelError
 from netapply.kernel import NETLINK_NETFILTER, Kernel
 from netapply.ruleset import TableFamily
+from netapply.sockets import socket
+from netapply.values import NamedTuple
 
 T = TypeVar("T")
 
@@ -43,6 +45,8 @@ NFT_MSG_NEWSET, NFT_MSG_GETSET, NFT_MSG_DELSET = 9, 10, 11
 NFT_MSG_NEWSETELEM, NFT_MSG_GETSETELEM, NFT_MSG_DELSETELEM = 12, 13, 14
 NFT_MSG_NEWGEN, NFT_MSG_GETGEN = 15, 16
 NFTA_GEN_ID = 1
+#: The generation of a namespace in which nobody ever changed anything (net/netfilter/nf_tables_api.c).
+UNTOUCHED = 1
 
 #: How often a dump is repeated that others keep changing under us. Each repeat is well below a millisecond.
 READ_ATTEMPTS = 16
@@ -53,7 +57,6 @@ _READS = {
     NFT_MSG_GETRULE: "rules",
     NFT_MSG_GETSET: "sets",
     NFT_MSG_GETSETELEM: "set elements",
-    NFT_MSG_GETGEN: "generation",
 }
 _HEADER = Struct("=IHHIIBBH")  # nlmsghdr and nfgenmsg in one: length, type, flags, sequence, port, family, version, id
 _NLMSGHDR = Struct("=IHHII")
@@ -143,9 +146,8 @@ class Batch(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One message of the kernel: `command` is NFT_MSG_*, `attributes` by type."""
+    """One object as the kernel describes it: its family (NFPROTO_*), and attributes by type."""
 
-    command: int
     family: int
     attributes: dict[int, bytes]
 
@@ -248,26 +250,52 @@ def _extack(payload: bytes, flags: int) -> str:
     return f"attribute at byte {_UINT32.unpack(where)[0]} of the message" if where and len(where) == 4 else ""
 
 
+_GET_GENERATION = message(NFT_MSG_GETGEN, 0, sequence=1)  # no acknowledgement: the answer is one message
+# Asked many times, so known by the shape that all kernels have answered in so far.
+_GENERATION_KIND = (_SUBSYSTEM | NFT_MSG_NEWGEN).to_bytes(2, byteorder)
+_GENERATION_HEAD = _NLA.pack(8, NFTA_GEN_ID)
+_ERROR_KIND, _NOT_THERE = NLMSG_ERROR.to_bytes(2, byteorder), _INT32.pack(-errno.ENOENT)
+
+
 # --- reading -------------------------------------------------------------------------------------------------
 
 
-def request(kernel: Kernel, command: int, family: int, body: bytes = b"", flags: int = NLM_F_ACK) -> list[Message]:
-    """Send one request that is not a batch, and parse what comes back. Raises KernelError, InterruptedError."""
+def request(kernel: Kernel, command: int, family: int, body: bytes = b"", flags: int = NLM_F_ACK) -> list[bytes]:
+    """Send one request that is not a batch; returns each object of the answer as `parse_message` takes it.
+
+    That is the family, and the attributes as they came, without what differs each time: equal bytes are equal objects.
+    Raises KernelError, InterruptedError.
+    """
     label = f"read nf_tables {_READS[command]}"
     try:
         answers = kernel.netlink(NETLINK_NETFILTER, message(command, family, body, flags, 1))
     except OSError as failure:
         raise KernelError(label, failure.errno or errno.EIO) from failure
-    found: list[Message] = []
+    found: list[bytes] = []
+    unpack, interrupted = _NLMSGHDR.unpack_from, NLM_F_DUMP_INTR if flags & NLM_F_DUMP == NLM_F_DUMP else 0
     for answer in answers:
-        for kind, message_flags, _, payload in _messages(answer):
-            if message_flags & NLM_F_DUMP_INTR and flags & NLM_F_DUMP == NLM_F_DUMP:
+        offset, end = 0, len(answer) - 16
+        while offset <= end:
+            size, kind, message_flags, _, _ = unpack(answer, offset)
+            after = offset + size
+            if size < 16 or after > end + 16:
+                raise DecodeError(f"a netlink message of {size} bytes does not fit in {end + 16 - offset}")
+            if message_flags & interrupted:
                 raise InterruptedError
             if kind >> 8 == NFNL_SUBSYS_NFTABLES:
-                found.append(Message(kind & 0xFF, payload[0], parse_attributes(payload[4:])))
-            elif kind in (NLMSG_ERROR, NLMSG_DONE) and len(payload) >= 4 and (code := _error_code(payload)):
-                raise KernelError(label, code, extack=_extack(payload, message_flags) if kind == NLMSG_ERROR else "")
+                found.append(answer[offset + 16 : offset + 18] + answer[offset + 20 : after])  # without the generation
+            elif kind in (NLMSG_ERROR, NLMSG_DONE) and size >= 20:
+                payload = answer[offset + 16 : after]
+                if code := _error_code(payload):
+                    told = _extack(payload, message_flags) if kind == NLMSG_ERROR else ""
+                    raise KernelError(label, code, extack=told)
+            offset = after + 3 & ~3
     return found
+
+
+def parse_message(data: bytes) -> Message:
+    """One object of an answer. Raises DecodeError."""
+    return Message(data[0], parse_attributes(data[2:]))
 
 
 def get(kernel: Kernel, command: int, family: int, body: bytes) -> Message | None:
@@ -278,18 +306,18 @@ def get(kernel: Kernel, command: int, family: int, body: bytes) -> Message | Non
         if failure.errno == errno.ENOENT:
             return None
         raise
-    return found[0] if found else None
+    return parse_message(found[0]) if found else None
 
 
-def dump(kernel: Kernel, command: int, family: int, body: bytes = b"") -> list[Message]:
-    """All objects of one kind, repeated where the kernel says that they changed under the dump (NLM_F_DUMP_INTR).
+def dump(kernel: Kernel, command: int, family: int, body: bytes = b"") -> tuple[bytes, ...]:
+    """All objects of one kind, for `parse_message`; again where the kernel says that they changed meanwhile.
 
     `family` 0 (NFPROTO_UNSPEC) means every family; `body` narrows, as with NFTA_RULE_TABLE. Raises KernelError,
     and ConflictError when it was interrupted READ_ATTEMPTS times.
     """
     for _ in range(READ_ATTEMPTS):
         try:
-            return request(kernel, command, family, body, NLM_F_DUMP)
+            return tuple(request(kernel, command, family, body, NLM_F_DUMP))
         except InterruptedError:
             continue
     raise ConflictError("somebody keeps changing the nf_tables rules while they are read")
@@ -297,18 +325,45 @@ def dump(kernel: Kernel, command: int, family: int, body: bytes = b"") -> list[M
 
 def generation(kernel: Kernel) -> int:
     """The generation id of the namespace's rule set: every commit that changes something raises it."""
-    found = request(kernel, NFT_MSG_GETGEN, 0)
-    if not found or NFTA_GEN_ID not in found[0].attributes:
+    return look(kernel)[0]
+
+
+def look(kernel: Kernel, request: bytes = b"") -> tuple[int, bytes | None]:
+    """The generation, and in one go what `request` asks for by its name, for `parse_message`: None where it is not.
+
+    `request` is a message of sequence 2 without flags; where somebody commits between the two answers, the second one
+    is of the next generation. Raises KernelError.
+    """
+    label = "read nf_tables generation"
+    try:
+        answers = kernel.netlink(NETLINK_NETFILTER, _GET_GENERATION + request)
+    except OSError as failure:
+        raise KernelError(label, failure.errno or errno.EIO) from failure
+    at, found = None, None
+    for answer in answers:
+        if answer[4:6] == _GENERATION_KIND and answer[20:24] == _GENERATION_HEAD:
+            at = int.from_bytes(answer[24:28])
+            continue
+        if answer[4:6] == _ERROR_KIND and answer[16:20] == _NOT_THERE:
+            continue
+        for kind, flags, sequence, payload in _messages(answer):
+            if kind == NLMSG_ERROR and (code := _error_code(payload)):
+                if sequence != 2 or code != errno.ENOENT:
+                    raise KernelError(label, code, extack=_extack(payload, flags))
+            elif sequence == 2 and kind >> 8 == NFNL_SUBSYS_NFTABLES:
+                found = payload[:2] + payload[4:]
+            elif kind == _SUBSYSTEM | NFT_MSG_NEWGEN:
+                at = number(parse_attributes(payload[4:]).get(NFTA_GEN_ID, b""))
+    if at is None:
         raise DecodeError("the kernel answers NFT_MSG_GETGEN without a generation id")
-    return number(found[0].attributes[NFTA_GEN_ID])
+    return at, found
 
 
-def read_consistent(kernel: Kernel, read: Callable[[int], T]) -> T:
+def read_consistent(kernel: Kernel, read: Callable[[int], T], before: int) -> T:
     """What `read(generation)` returns when the generation is the same before and after it; repeated until it is.
 
-    Raises ConflictError when it moved READ_ATTEMPTS times.
+    `before` is the generation at the moment. Raises ConflictError when it moved READ_ATTEMPTS times.
     """
-    before = generation(kernel)
     for _ in range(READ_ATTEMPTS):
         found = read(before)
         after = generation(kernel)

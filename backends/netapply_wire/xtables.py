@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from typing import TYPE_CHECKING, NamedTuple, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from netapply.errors import DecodeError, UnsupportedError
 from netapply.ruleset import (
@@ -46,6 +46,7 @@ from netapply.ruleset import (
     Statement,
     TProxy,
 )
+from netapply.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 error, bad input included; 2 `diff` found changes; 3 `veri
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    words = sys.argv[1:] if argv is None else [*argv]
+    if argv is not None:
+        return _run([*argv])
+    gc.disable()  # an everyday command ends before cycles matter
+    code = _run(sys.argv[1:])
+    gc.freeze()  # nor when the interpreter ends, which would look at every object twice
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
     if words[:1] in (["istio-iptables"], ["istio-clean-iptables"]):
         from netapply.cli import istio  # reads Istio's words itself: argparse takes half as long as a whole apply
 
@@ -27,12 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    from netapply.cli.arguments import UsageError, build_parser
+    from netapply.cli.words import Arguments, read
 
-    try:
-        arguments = build_parser(lean=True).parse_args(argv)
-    except UsageError as error:
-        return _misused(argv, error)
+    arguments = read(argv)
+    if arguments is None:
+        gc.enable()  # the others may run for long
+        from netapply.cli.arguments import UsageError, build_parser
+
+        try:
+            arguments = build_parser(lean=True).parse_args(argv, Arguments())
+        except UsageError as error:
+            return _misused(argv, error)
     from netapply.cli import commands, output
 
     printer = output.Printer(arguments.output, sys.stdout, sys.stderr)

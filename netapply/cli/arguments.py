@@ -1,14 +1,13 @@
-"""The command line's words. Building the parser imports nothing but argparse."""
+"""The whole command line for argparse: help, completion, faults, and the commands that `words` does not describe."""
 
 from __future__ import annotations
 
 import argparse
 from typing import NoReturn
 
+from netapply.cli import words
+from netapply.cli.words import BACKENDS, LAYOUTS
 from netapply.errors import NetapplyError
-
-LAYOUTS = ("netapply", "istio", "istio-1.11", "istio-1.4")
-BACKENDS = ("auto", "nftables", "iptables-nft", "iptables-legacy")
 
 SUMMARY = {
     "apply": "make a namespace hold a plan, or leave it as it was",
@@ -23,6 +22,7 @@ SUMMARY = {
     "import": "print another tool's settings as a plan file, each line with what it comes from; touches nothing",
     "istio": "flags and variables of istio-iptables, or a pod as istio-cni reads it",
     "demo": "send real packets through a plan in throwaway namespaces, in each dialect",
+    "conform": "does a backend mean what the plan says: the conformance suite, by packets in throwaway namespaces",
     "completion": "print a completion script for a shell",
     "istio-iptables": "what istio-iptables does, by the same flags and variables, in one transaction",
     "istio-clean-iptables": "remove what any version of Istio or netapply left, in every dialect",
@@ -53,30 +53,19 @@ def build_parser(*, lean: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"netapply {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    apply = _command(commands, "apply", namespace=True, plan=True)
-    _backend(apply)
-    apply.add_argument("--quiet", action="store_true", help="print nothing when all is well")
-    clean = _command(commands, "clean", namespace=True)
-    _backend(clean)
-    render = _command(commands, "render", plan=True)
-    _backend(render, default="nftables", choices=BACKENDS[1:])
-    diff = _command(commands, "diff", namespace=True, plan=True)
-    _backend(diff)
-    verify = _command(commands, "verify", namespace=True)
-    verify.add_argument("plan", nargs="?", metavar="PLAN", help="a plan file; without one, what was last applied")
-    _backend(verify)
-    verify.add_argument("--deep", action="store_true", help="also read back through libnftables, a reader not ours")
-    show = _command(commands, "show", namespace=True)
-    _backend(show)
-    show.add_argument("--all", action="store_true", help="everybody's rules, through libnftables")
-    _explain(_command(commands, "explain", namespace=True))
-    _command(commands, "detect", namespace=True)
+    for name, describe in words.COMMANDS.items():
+        describe(_command(commands, name))
+    _explain(_command(commands, "explain"))
+    detect = _command(commands, "detect")
+    words.namespace(detect)
+    words.layout(detect)
     _command(commands, "schema")
     _imports(commands.add_parser("import", help=SUMMARY["import"], description=SUMMARY["import"]))
     demo = _command(commands, "demo")
     demo.add_argument("--backend", action="append", choices=BACKENDS[1:], help="only this dialect; may be repeated")
     demo.add_argument("--mode", choices=("redirect", "tproxy", "both"), default="both", help="inbound mode")
     demo.add_argument("--keep", action="store_true", help="leave the namespaces, with the rules, to look around")
+    _conform(_command(commands, "conform"))
     completion = _command(commands, "completion")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     for name in ("istio-iptables", "istio-clean-iptables"):
@@ -104,33 +93,28 @@ def _imports(parser: argparse.ArgumentParser) -> None:
 def _command(
     commands: argparse._SubParsersAction[Parser],  # pyright: ignore[reportPrivateUsage]  # it has no public name
     name: str,
-    *,
-    namespace: bool = False,
-    plan: bool = False,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=SUMMARY[name], description=SUMMARY[name])
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="form of the output")
-    if plan:
-        parser.add_argument("plan", metavar="PLAN", help="a plan file in YAML, JSON or TOML; - is standard input")
-    if namespace:
-        parser.add_argument(
-            "-N",
-            "--netns",
-            metavar="NS",
-            help="network namespace: a name, a path, pid:N or fd:N; the one that this runs in by default",
-        )
-        parser.add_argument("--host", action="store_true", help="allow the machine's own namespace")
-        parser.add_argument("--lock-timeout", type=_seconds, default=10.0, metavar="SECONDS", help="default 10")
-        parser.add_argument("--state-dir", metavar="DIR", help="where the journal is; default /run/netapply")
+    words.output(parser)
     return parser
 
 
+def _conform(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", required=True, metavar="NAME", help="built in, or registered by anybody")
+    parser.add_argument("--level", choices=("core", "full", "stress"), default="core", help="default core")
+    parser.add_argument("--junit", metavar="FILE", help="write a JUnit report there")
+    parser.add_argument("--seed", type=int, metavar="N", help="run the cases in an order that N repeats")
+    parser.add_argument("-k", dest="pattern", default="", metavar="PATTERN", help="only cases of this name or glob")
+    parser.add_argument("--list", action="store_true", dest="only_list", help="print the cases, and run nothing")
+
+
 def _explain(parser: argparse.ArgumentParser) -> None:
+    words.namespace(parser)
     parser.add_argument("plan", nargs="?", metavar="PLAN", help="a plan file; without one, the rules that stand")
-    words = "uid=, gid=, cgroup=, iface=, mark=, state=, an address and port; the rest is assumed, and told"
+    known = "uid=, gid=, cgroup=, iface=, mark=, state=, an address and port; the rest is assumed, and told"
     for option, name in (("--from", "source"), ("--to", "destination")):
         parser.add_argument(
-            option, dest=name, nargs="+", action="extend", default=[], metavar="WORD", help=f"of {option[2:]}: {words}"
+            option, dest=name, nargs="+", action="extend", default=[], metavar="WORD", help=f"of {option[2:]}: {known}"
         )
     parser.add_argument("--inbound", action="store_true", help="the packet comes in from elsewhere")
     parser.add_argument("--dns", action="store_true", help="a query: UDP to port 53 unless told otherwise")
@@ -139,17 +123,4 @@ def _explain(parser: argparse.ArgumentParser) -> None:
     protocol.add_argument("--udp", action="store_true")
     parser.add_argument("--traffic-types", action="store_true", help="a table of the six traffic types of a sidecar")
     parser.add_argument("--all", action="store_true", help="in every dialect; with a plan")
-    _backend(parser)
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
-    return value
-
-
-def _backend(parser: argparse.ArgumentParser, default: str = "auto", choices: tuple[str, ...] = BACKENDS) -> None:
-    known = ", ".join(choices)
-    parser.add_argument("--backend", default=default, metavar="NAME", help=f"{known}; default {default}")
-    parser.add_argument("--layout", default="netapply", choices=LAYOUTS, help="arrangement of the rules")
+    words.backend(parser)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from netapply.api import Capture, open_capture
 from netapply.cli.output import Printer, print_result
+from netapply.cli.words import Arguments
 from netapply.results import Diff
 
 CHANGES, DRIFT = 2, 3
 
 
-def _open(arguments: argparse.Namespace) -> Capture:
+def open_named(arguments: Arguments) -> Capture:
+    """The namespace that the command line names. Raises NamespaceError."""
     return open_capture(
         arguments.netns,
         host=arguments.host,
@@ -22,14 +23,14 @@ def _open(arguments: argparse.Namespace) -> Capture:
     )
 
 
-def apply(arguments: argparse.Namespace, printer: Printer) -> int:
+def apply(arguments: Arguments, printer: Printer) -> int:
     """Apply a plan."""
     from netapply.lint import lint
     from netapply.planfile import examine_plan, fingerprint, format_of, read_source
 
     loaded = examine_plan(read_source(arguments.plan), format=format_of(arguments.plan), source=arguments.plan)
     plan, warnings = loaded.plan, lint(*loaded)
-    with _open(arguments) as capture:
+    with open_named(arguments) as capture:
         result = capture.apply(plan, backend=arguments.backend, layout=arguments.layout, fingerprint=fingerprint(plan))
     if printer.json:
         printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings]})
@@ -41,9 +42,9 @@ def apply(arguments: argparse.Namespace, printer: Printer) -> int:
     return 0
 
 
-def clean(arguments: argparse.Namespace, printer: Printer) -> int:
+def clean(arguments: Arguments, printer: Printer) -> int:
     """Remove all that is ours."""
-    with _open(arguments) as capture:
+    with open_named(arguments) as capture:
         result = capture.clean(backend=arguments.backend, layout=arguments.layout)
     if printer.json:
         printer.document("clean", result._asdict())
@@ -52,7 +53,7 @@ def clean(arguments: argparse.Namespace, printer: Printer) -> int:
     return 0
 
 
-def render(arguments: argparse.Namespace, printer: Printer) -> int:
+def render(arguments: Arguments, printer: Printer) -> int:
     """Print the rules of a plan."""
     from netapply.backend import find_backend
     from netapply.cli.rendering import rendering
@@ -67,23 +68,23 @@ def render(arguments: argparse.Namespace, printer: Printer) -> int:
     return 0
 
 
-def diff(arguments: argparse.Namespace, printer: Printer) -> int:
+def diff(arguments: Arguments, printer: Printer) -> int:
     """Compare the live kernel with a plan."""
     from netapply.planfile import read_plan
 
     plan = read_plan(arguments.plan)
-    with _open(arguments) as capture:
+    with open_named(arguments) as capture:
         found = capture.diff(plan, backend=arguments.backend, layout=arguments.layout)
     _print_diff("diff", found, printer, "nothing to do: the kernel holds the plan")
     return 0 if found.same else CHANGES
 
 
-def verify(arguments: argparse.Namespace, printer: Printer) -> int:
+def verify(arguments: Arguments, printer: Printer) -> int:
     """Compare the live kernel with what was applied."""
     from netapply.planfile import read_plan
 
     plan = read_plan(arguments.plan) if arguments.plan else None
-    with _open(arguments) as capture:
+    with open_named(arguments) as capture:
         found = capture.verify(plan, backend=arguments.backend, layout=arguments.layout)
         if arguments.deep:
             from netapply.ownership import ownership
@@ -112,9 +113,9 @@ def _print_diff(command: str, found: Diff, printer: Printer, good: str) -> None:
         printer.line(printer.paint(f"  {sign} {change.what}", colour) + printer.paint(reason, "dim"))
 
 
-def show(arguments: argparse.Namespace, printer: Printer) -> int:
+def show(arguments: Arguments, printer: Printer) -> int:
     """Print live rules."""
-    with _open(arguments) as capture:
+    with open_named(arguments) as capture:
         if arguments.all:
             from netapply.reader import list_ruleset
 
@@ -135,10 +136,10 @@ def show(arguments: argparse.Namespace, printer: Printer) -> int:
     return 0
 
 
-def detect(arguments: argparse.Namespace, printer: Printer) -> int:
+def detect(arguments: Arguments, printer: Printer) -> int:
     """Print the candidates."""
-    with _open(arguments) as capture:
-        found = capture.detect()
+    with open_named(arguments) as capture:
+        found = capture.detect(layout=arguments.layout)
     if printer.json:
         body = {"chosen": found.chosen, "reason": found.reason}
         printer.document("detect", {**body, "candidates": [each._asdict() for each in found.candidates]})
@@ -155,14 +156,14 @@ def detect(arguments: argparse.Namespace, printer: Printer) -> int:
     return 0 if found.chosen else 1
 
 
-def explain(arguments: argparse.Namespace, printer: Printer) -> int:
+def explain(arguments: Arguments, printer: Printer) -> int:
     """Tell why a packet goes where it goes."""
     from netapply.cli.explain import run_explain
 
     return run_explain(arguments, printer)
 
 
-def schema(_: argparse.Namespace, printer: Printer) -> int:
+def schema(_: Arguments, printer: Printer) -> int:
     """Print the JSON Schema of plan files."""
     import json
 
@@ -172,14 +173,14 @@ def schema(_: argparse.Namespace, printer: Printer) -> int:
     return 0
 
 
-def import_settings(arguments: argparse.Namespace, printer: Printer) -> int:
+def import_settings(arguments: Arguments, printer: Printer) -> int:
     """Print another tool's settings as a plan file."""
     from netapply.cli import imports
 
     return imports.import_settings(arguments, printer)
 
 
-def demo(arguments: argparse.Namespace, printer: Printer) -> int:
+def demo(arguments: Arguments, printer: Printer) -> int:
     """Send real packets."""
     from netapply.cli.demo import Mode, run_demo
 
@@ -187,7 +188,22 @@ def demo(arguments: argparse.Namespace, printer: Printer) -> int:
     return run_demo(printer, backends=tuple(arguments.backend or ()), modes=modes, keep=arguments.keep)
 
 
-def completion(arguments: argparse.Namespace, printer: Printer) -> int:
+def conform(arguments: Arguments, printer: Printer) -> int:
+    """Run the conformance suite."""
+    from netapply.cli.conform import run_conform
+
+    return run_conform(
+        printer,
+        backend=arguments.backend,
+        level=arguments.level,
+        pattern=arguments.pattern,
+        seed=arguments.seed,
+        report_to=arguments.junit,
+        only_list=arguments.only_list,
+    )
+
+
+def completion(arguments: Arguments, printer: Printer) -> int:
     """Print a shell's completion script."""
     shtab: Any = __import__("shtab")  # Any: it is typed, but only this command needs it
     from netapply.cli.arguments import build_parser
@@ -196,7 +212,7 @@ def completion(arguments: argparse.Namespace, printer: Printer) -> int:
     return 0
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace, Printer], int]] = {
+COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "apply": apply,
     "clean": clean,
     "render": render,
@@ -208,5 +224,6 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Printer], int]] = {
     "schema": schema,
     "import": import_settings,
     "demo": demo,
+    "conform": conform,
     "completion": completion,
 }

@@ -9,7 +9,7 @@ import asyncio
 import os
 import socket
 import tempfile
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from netapply.api import Capture, open_capture
 from netapply.backend import BUILT_IN, find_backend
@@ -21,6 +21,7 @@ from netapply.lab import ADDRESSES, Answer, Lab, Traffic, traffic_types
 from netapply.lab.network import IFACE
 from netapply.plan import CapturePlan, Inbound, InboundPorts
 from netapply.ruleset import PortRange, Ruleset
+from netapply.values import NamedTuple
 
 Mode: TypeAlias = Literal["redirect", "tproxy"]
 DIRECT_PORTS = (PortRange(15020, 15021), PortRange(15090, 15090))

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 from contextlib import ExitStack
-from typing import NamedTuple
 
-from netapply.api import Capture, open_capture
+from netapply.api import Capture
 from netapply.backend import BUILT_IN, Backend, find_backend
 from netapply.cli.arguments import UsageError
+from netapply.cli.commands import open_named
 from netapply.cli.explain_text import explanation_fields, flow_fields, print_explanations, print_types, types_fields
 from netapply.cli.flow_words import Asked, Told, protocol_of, read_flow
 from netapply.cli.output import Printer
+from netapply.cli.words import Arguments
 from netapply.compiler import compile_plan
-from netapply.detection import PREFERENCE, holding_ours
+from netapply.detection import PREFERENCE
 from netapply.explain import explain
 from netapply.lookups import SYSTEM
 from netapply.otherwise import otherwise
-from netapply.ownership import ownership
 from netapply.plan import CapturePlan
-from netapply.ruleset import Chain, Rule, Ruleset, Table
+from netapply.ruleset import Ruleset
 from netapply.traffic import cast_of_plan, cast_of_rules, legs
+from netapply.values import NamedTuple
 from netapply.ways import way_to
 
 
@@ -32,14 +32,14 @@ class Subject(NamedTuple):
     plan: CapturePlan | None = None
 
 
-def run_explain(arguments: argparse.Namespace, printer: Printer) -> int:
+def run_explain(arguments: Arguments, printer: Printer) -> int:
     """Explain one flow, or the six traffic types."""
     from netapply.planfile import read_plan
 
     _refuse_contradictions(arguments)
     plan = read_plan(arguments.plan) if arguments.plan else None
     with ExitStack() as stack:
-        capture = stack.enter_context(_open(arguments)) if plan is None or arguments.netns is not None else None
+        capture = stack.enter_context(open_named(arguments)) if plan is None or arguments.netns is not None else None
         asked = _asked(arguments, plan)
         told = None if arguments.traffic_types else _told(asked, capture)
         if plan is not None:
@@ -53,7 +53,7 @@ def run_explain(arguments: argparse.Namespace, printer: Printer) -> int:
     return 0
 
 
-def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+def _refuse_contradictions(arguments: Arguments) -> None:
     words = bool(arguments.source or arguments.destination or arguments.inbound or arguments.dns)
     if arguments.traffic_types and words:
         raise UsageError("--traffic-types has flows of its own: leave out --from, --to, --inbound and --dns", "")
@@ -65,16 +65,7 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise UsageError("--all is every backend: leave out --backend", "")
 
 
-def _open(arguments: argparse.Namespace) -> Capture:
-    return open_capture(
-        arguments.netns,
-        host=arguments.host,
-        lock_timeout=arguments.lock_timeout,
-        state_directory=arguments.state_dir,
-    )
-
-
-def _asked(arguments: argparse.Namespace, plan: CapturePlan | None) -> Asked:
+def _asked(arguments: Arguments, plan: CapturePlan | None) -> Asked:
     protocol = protocol_of(tcp=arguments.tcp, udp=arguments.udp, dns=arguments.dns)
     servers = plan.dns.servers if plan is not None else ()
     server = next((each.packed for each in servers if each.prefix == 8 * len(each.packed)), b"")
@@ -90,39 +81,17 @@ def _told(asked: Asked, capture: Capture | None) -> Told:
 # --- which rules ---------------------------------------------------------------------------------------------
 
 
-def _compiled(plan: CapturePlan, arguments: argparse.Namespace) -> tuple[Subject, ...]:
+def _compiled(plan: CapturePlan, arguments: Arguments) -> tuple[Subject, ...]:
     names = tuple(BUILT_IN) if arguments.all else (PREFERENCE[0] if arguments.backend == "auto" else arguments.backend,)
     backends = tuple(map(find_backend, names))
     return tuple(Subject(each, compile_plan(plan, each.dialect, arguments.layout), plan) for each in backends)
 
 
 def _standing(capture: Capture, wanted: str) -> tuple[Subject, ...]:
-    """What stands in the namespace, of any layout, with the plan paths that the journal knows."""
-    layout = "istio"  # by which the names of both layouts are looked for, whoever put the rules there
-    owned, found = ownership(layout), list[Subject]()
-    names = holding_ours(capture.namespace, owned).names if wanted == "auto" else (wanted,)
-    for name in names or PREFERENCE[:1]:
-        backend = find_backend(name)
-        ruleset = backend.read(capture.namespace, owned).ruleset or Ruleset()
-        paths = {
-            (rule.family, rule.table, rule.chain, rule.rule): rule.path
-            for rule in capture.show(backend=name, layout=layout)
-        }
-        found.append(Subject(backend, _with_paths(backend, ruleset, paths)))
-    return tuple(found)
-
-
-def _with_paths(backend: Backend, ruleset: Ruleset, paths: dict[tuple[str, str, str, str], str]) -> Ruleset:
-    def known(table: Table, chain: Chain, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-        where = (table.family, table.name, chain.name)
-        texts = (backend.render_rule(table, chain, rule) for rule in rules)
-        return tuple(rule._replace(path=paths.get((*where, text), "")) for rule, text in zip(rules, texts, strict=True))
-
-    def told(table: Table, chain: Chain) -> Chain:
-        return chain._replace(head=known(table, chain, chain.head), rules=known(table, chain, chain.rules))
-
-    tables = (table._replace(chains=tuple(told(table, chain) for chain in table.chains)) for table in ruleset.tables)
-    return ruleset._replace(tables=tuple(tables))
+    """What stands in the namespace, of any layout: chains of either name are looked for, whoever put them there."""
+    found = capture.live(backend=wanted, layout="istio")
+    nothing = Subject(find_backend(PREFERENCE[0]), Ruleset())
+    return tuple(Subject(find_backend(each.backend), each.ruleset) for each in found) or (nothing,)
 
 
 # --- what is told --------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from netapply import spelling
 from netapply.cli.arguments import UsageError
@@ -14,6 +14,7 @@ from netapply.otherwise import SOMEWHERE
 from netapply.reasons import show_address
 from netapply.ruleset import CtState, Family
 from netapply.sights import is_loopback
+from netapply.values import NamedTuple
 from netapply.ways import Way
 
 if TYPE_CHECKING:

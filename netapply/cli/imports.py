@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import socket
 from collections.abc import Callable, Mapping
 
 from netapply.cli.output import Printer
+from netapply.cli.words import Arguments
 from netapply.documents import LIMITS, read_document
 from netapply.dropin.facts import BOTH_FAMILIES, read_facts
-from netapply.errors import Fault, NetapplyError, PlanError, UnsupportedError
+from netapply.errors import Fault, NetapplyError, PlanError
 from netapply.importers.annotations import read_pod
-from netapply.importers.istio import Facts, Version, global_addresses
-from netapply.importers.istio_plans import Imported, import_plan
+from netapply.importers.istio import Facts, global_addresses
+from netapply.importers.istio_plans import import_plan
 from netapply.importers.istio_settings import IstioSettings
 from netapply.importers.readings import Reading, read_flags
 from netapply.lookups import SYSTEM
@@ -24,7 +24,7 @@ from netapply.planfile import dump_plan, format_of, read_source
 _POD_LIMITS = LIMITS._replace(max_depth=64)
 
 
-def import_settings(arguments: argparse.Namespace, printer: Printer) -> int:
+def import_settings(arguments: Arguments, printer: Printer) -> int:
     """Print the plan file."""
     try:
         return PEERS[arguments.peer](arguments, printer)
@@ -33,7 +33,7 @@ def import_settings(arguments: argparse.Namespace, printer: Printer) -> int:
         return error.exit_code
 
 
-def _istio(arguments: argparse.Namespace, printer: Printer) -> int:
+def _istio(arguments: Arguments, printer: Printer) -> int:
     reading = _reading(arguments)
     facts, known = _facts(arguments, reading.settings)
     reading = reading._replace(otherwise={**known, **reading.otherwise})
@@ -41,18 +41,17 @@ def _istio(arguments: argparse.Namespace, printer: Printer) -> int:
         stated = Fault("addresses", "none here but loopback and link-local", "state --ipv6 yes, or no")
         reading, facts = reading._replace(faults=(*reading.faults, stated)), facts._replace(addresses=BOTH_FAMILIES)
     made = import_plan(reading, arguments.layout, facts)
-    warnings = (*reading.warnings, *_unsaid(made, arguments.layout))
     if printer.json:
         plan = {"layout": arguments.layout, "plan": dump_plan(made.plan), "comments": made.comments}
-        printer.document("import", {**plan, "warnings": warnings})
+        printer.document("import", {**plan, "warnings": reading.warnings})
         return 0
     printer.line(made.text.rstrip("\n"))
-    for warning in warnings:
+    for warning in reading.warnings:
         printer.note(f"warning: {warning}")
     return 0
 
 
-def _reading(arguments: argparse.Namespace) -> Reading:
+def _reading(arguments: Arguments) -> Reading:
     variables, path = arguments.env_file, arguments.annotations
     env: Mapping[str, str] = _environment(variables) if variables else {}
     if not path:
@@ -95,7 +94,7 @@ def _environment(path: str) -> Mapping[str, str]:
     return found
 
 
-def _facts(arguments: argparse.Namespace, settings: IstioSettings) -> tuple[Facts, dict[str, str]]:
+def _facts(arguments: Arguments, settings: IstioSettings) -> tuple[Facts, dict[str, str]]:
     """What Istio would look up, here or as it was stated; and by plan path how it is known."""
     lookups, servers = SYSTEM, arguments.servers
     if servers is not None:
@@ -120,16 +119,4 @@ def _text(packed: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
-def _unsaid(made: Imported, layout: Version) -> tuple[str, ...]:
-    """Whether the layout has no rules for the plan as its file has it."""
-    from netapply.backend import find_backend
-    from netapply.compiler import compile_plan
-
-    try:
-        compile_plan(made.plan, find_backend("iptables-nft").dialect, layout)
-    except UnsupportedError as error:
-        return (f"{error}: apply this plan with another layout, or use netapply istio-iptables",)
-    return ()
-
-
-PEERS: Mapping[str, Callable[[argparse.Namespace, Printer], int]] = {"istio": _istio}
+PEERS: Mapping[str, Callable[[Arguments, Printer], int]] = {"istio": _istio}

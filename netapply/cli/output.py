@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
-from netapply.errors import ApplyError, KernelError, NetapplyError, PlanError
+from netapply.errors import NetapplyError, PlanError
 from netapply.results import RESULT_VERSION, Result
 
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2", "bold": "1"}
@@ -73,6 +73,8 @@ class Printer:
     def error(self, command: str, error: NetapplyError, *, faulty: str = "the plan has") -> None:
         """What failed, where, why, and what to do next. `faulty` is where a PlanError's faults are."""
         if self.json:
+            from netapply.jsonform import error_fields
+
             self.document(command, {"error": error_fields(error)}, ok=False)
             return
         if isinstance(error, PlanError):
@@ -102,20 +104,6 @@ def print_result(result: Result, printer: Printer) -> None:
         )
     for text in (*result.notes, *(f"degraded: {each}" for each in result.degraded)):
         printer.note(text)
-
-
-def error_fields(error: NetapplyError) -> dict[str, Any]:
-    """An error as JSON: its kind, message and next step, and what its class adds."""
-    fields: dict[str, Any] = {"kind": type(error).__name__, "message": str(error), "next_step": error.next_step}
-    if isinstance(error, PlanError):
-        fields["faults"] = [fault._asdict() for fault in error.faults]
-    if isinstance(error, KernelError):
-        fields.update(operation=error.operation, errno=error.errno, extack=error.extack)
-    if isinstance(error, ApplyError):
-        fields.update(step=error.step, restored=error.restored)
-        if isinstance(error.__cause__, NetapplyError):
-            fields["cause"] = error_fields(error.__cause__)
-    return fields
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:

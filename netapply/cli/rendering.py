@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from netapply.backend import Backend
 from netapply.compiler import compile_plan, compile_routing
 from netapply.plan import CapturePlan
 from netapply.routing import NOTHING, Standing
 from netapply.routing import plan as routing_steps
+from netapply.values import NamedTuple
 
 
 class Rendering(NamedTuple):

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
 
 from netapply.backend import Dialect
-from netapply.compiler import istio_layout, netapply_layout
 from netapply.compiler.layout import Part, assemble
 from netapply.compiler.terms import Terms
 from netapply.errors import UnsupportedError
-from netapply.plan import CapturePlan, plan_of
+from netapply.plan import CapturePlan, path_of, plan_of
 from netapply.ruleset import FAMILIES, Family, LocalAddress, LocalRoute, NamedSet, PolicyRule, Routing, Ruleset
+from netapply.values import NamedTuple
 
 #: Preference of our policy rules: before the main table (32766), and the sign by which they are known as ours.
 RULE_PRIORITY = 13370
@@ -32,11 +31,35 @@ class Layout(NamedTuple):
     prefix: str
 
 
+def _netapply(terms: Terms) -> Iterator[Part]:
+    from netapply.compiler.netapply_layout import parts  # only the layout that is asked for is imported
+
+    return parts(terms)
+
+
+def _istio(terms: Terms) -> Iterator[Part]:
+    from netapply.compiler.istio_layout import parts
+
+    return parts(terms)
+
+
+def _istio_1_11(terms: Terms) -> Iterator[Part]:
+    from netapply.compiler.istio_layout import parts_1_11
+
+    return parts_1_11(terms)
+
+
+def _istio_1_4(terms: Terms) -> Iterator[Part]:
+    from netapply.compiler.istio_layout import parts_1_4
+
+    return parts_1_4(terms)
+
+
 LAYOUTS: Mapping[str, Layout] = {
-    "netapply": Layout(netapply_layout.parts, "NETAPPLY_"),
-    "istio": Layout(istio_layout.parts, "ISTIO_"),
-    "istio-1.11": Layout(istio_layout.parts_1_11, "ISTIO_"),
-    "istio-1.4": Layout(istio_layout.parts_1_4, "ISTIO_"),
+    "netapply": Layout(_netapply, "NETAPPLY_"),
+    "istio": Layout(_istio, "ISTIO_"),
+    "istio-1.11": Layout(_istio_1_11, "ISTIO_"),
+    "istio-1.4": Layout(_istio_1_4, "ISTIO_"),
 }
 
 
@@ -63,7 +86,8 @@ def _arranged(plan: CapturePlan, dialect: Dialect, layout: Layout, sets: dict[st
     for family, mine in plans.items():
         for part in layout.parts(Terms(mine, dialect, sets, tproxy=tproxy)):
             if family in part.families:
-                rules = (each._replace(family=family) for each in part.rules if each.family in (None, family))
+                mine_alone = (each for each in part.rules if each.family in (None, family))
+                rules = (each._replace(family=family, path=path_of(plan, family, each.path)) for each in mine_alone)
                 yield part._replace(rules=tuple(rules), families=(family,))
 
 
@@ -75,7 +99,7 @@ def compile_routing(plan: CapturePlan) -> Routing:
     addresses: list[LocalAddress] = []
     for family in families:
         proxy, inbound = plan_of(plan, family)[:2]
-        if inbound.mode == "tproxy":
+        if inbound.mode == "tproxy" and inbound.ports.include:  # else no packet is marked, nor has Istio a route then
             mark, table = inbound.tproxy.mark, inbound.tproxy.table
             rules.append(PolicyRule(family, mark.value, mark.mask, table, RULE_PRIORITY))
             routes.append(LocalRoute(family, table))

@@ -7,7 +7,6 @@ conntrack zone) is the caller's statement.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Term, Terms, rule
 from netapply.decide import DNS_PORT
@@ -28,6 +27,7 @@ from netapply.ruleset import (
     Rule,
     Statement,
 )
+from netapply.values import NamedTuple
 
 QUERY_PORT = (PortRange(DNS_PORT, DNS_PORT),)
 PROTOCOLS = {"tcp": IS_TCP, "udp": IS_UDP}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from netapply.compiler.layout import Part, TableName
 from netapply.compiler.terms import IS_TCP, ON_LO, Term, Terms, rule
 from netapply.plan import CapturePlan, Everything
 from netapply.ruleset import FAMILIES, AddressMatch, Cidr, Family, Jump, PortMatch, PortRange, Return, Rule, Side
+from netapply.values import NamedTuple
 
 INBOUND, OUTPUT, OUTPUT_DNS = "ISTIO_INBOUND", "ISTIO_OUTPUT", "ISTIO_OUTPUT_DNS"
 TO_REDIRECT, TO_IN_REDIRECT = Jump("ISTIO_REDIRECT"), Jump("ISTIO_IN_REDIRECT")

@@ -7,7 +7,7 @@ that version cannot say. In native nftables, where Istio's own tables are no mod
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from netapply.compiler import istio_words, netapply_layout
 from netapply.compiler.decisions import QUERY_PORT, leave_owners
@@ -35,6 +35,7 @@ from netapply.compiler.istio_mangle import invalid, tproxy
 from netapply.compiler.layout import Part, TableName
 from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Terms, logged, rule
 from netapply.ruleset import IfaceMatch, Jump, Match, OwnerMatch, PortMatch, Redirect, Return, Rule
+from netapply.values import NamedTuple
 
 
 class Version(NamedTuple):

@@ -63,12 +63,12 @@ def _of_version(plan: CapturePlan, name: Name) -> Iterator[str]:
         by_any = not bypass or (tproxy and bool(plan.inbound.ports.include))
         said = callers == "proxy" if by_any else first and isinstance(callers, Owners) and not any(callers[1:])
         tunnel = (() if tproxy else ("inbound",)) + (("self-calls",) if name == "istio" else ())
-    gids = tuple((gid, gid) for gid in proxy.gids)
+    gids = {(gid, gid) for gid in proxy.gids}
     unsaid = {
         "proxy.self_calls": not said,
         "proxy.tunnel_exempt": proxy.tunnel_exempt != tunnel,
         "dns.capture": dns.capture != "none" and name == "istio-1.4",
         "dns.udp_exempt": dns.capture != "none" and (dns.udp_exempt == "proxy") != (name == "istio-1.11"),
-        "dns.self_calls": dns.capture != "none" and (dns.self_calls.uids or dns.self_calls.gids != gids),
+        "dns.self_calls": dns.capture != "none" and (dns.self_calls.uids or {*dns.self_calls.gids} != gids),
     }
     yield from (path for path, wanted in unsaid.items() if wanted)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from netapply.backend import Dialect
 from netapply.ruleset import FAMILIES, Base, Chain, ChainType, Family, Hook, Jump, NamedSet, Rule, Ruleset, Table
+from netapply.values import NamedTuple
 
 TableName = Literal["raw", "mangle", "filter", "nat"]
 

@@ -36,7 +36,9 @@ from netapply.ruleset import (
 OUTBOUND, INBOUND, QUERY, DIVERT = "NETAPPLY_OUTBOUND", "NETAPPLY_INBOUND", "NETAPPLY_QUERY", "NETAPPLY_DIVERT"
 INVALID = "NETAPPLY_INVALID"
 BLOCK_OUTBOUND, BLOCK_INBOUND = "NETAPPLY_BLOCK_OUTBOUND", "NETAPPLY_BLOCK_INBOUND"
-IS_NEW = StateMatch(("new",))
+BLOCK_REROUTED = "NETAPPLY_BLOCK_REROUTED"
+#: In native nftables a listener of the any address is a socket too, to which a new connection would be diverted.
+IS_NEW, IS_ESTABLISHED = StateMatch(("new",)), StateMatch(("established",))
 FROM_LO = IfaceMatch("in", "lo")
 
 
@@ -49,7 +51,7 @@ def parts(terms: Terms) -> Iterator[Part]:
         left = decisions.leave_interfaces(terms, "in") if terms.plan.invalid == "drop" else ()
         rules = (*left, rule("invalid", Drop(), StateMatch(("invalid",))))
         yield from _hang(terms, "mangle", "PREROUTING", INVALID, rules, programmed, "invalid")
-    if terms.plan.inbound.mode == "tproxy":
+    if terms.plan.inbound.mode == "tproxy" and terms.plan.inbound.ports.include:
         yield from _tproxy(terms, captured)
     if terms.plan.ipv6 == "block":
         yield from blocked(terms)
@@ -76,7 +78,9 @@ def _hang(
 def _nat(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
     plan = terms.plan
     to_outbound, to_inbound = Redirect(plan.proxy.outbound_port), Redirect(plan.proxy.inbound_port)
-    inbound = [*decisions.reroutes(terms, to_outbound)]
+    taken = decisions.tproxied(terms, Return()) if plan.inbound.tproxy.before_reroute else ()
+    rerouted = [*decisions.reroutes(terms, to_outbound)]
+    inbound = [*taken, *rerouted] if rerouted else []
     if plan.inbound.mode == "redirect":
         inbound += decisions.leave_interfaces(terms, "in")
         inbound += decisions.inbound_exempt(terms)
@@ -103,7 +107,7 @@ def _tproxy(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
         rule(path, SetConnmark(mark.value, mark.mask), is_marked),
         rule("inbound.mode", Return(), FROM_LO),
         *decisions.inbound_exempt(terms),
-        rule("inbound.mode", Jump(DIVERT), SocketMatch()),
+        rule("inbound.mode", Jump(DIVERT), IS_ESTABLISHED, SocketMatch()),
         *logged(plan, (rule(each.path, each.statement, *each.matches, IS_NEW) for each in capture)),
     )
     yield from _hang(terms, "mangle", "PREROUTING", INBOUND, inbound, families, "inbound", IS_TCP)
@@ -119,13 +123,17 @@ def _tproxy(terms: Terms, families: tuple[Family, ...]) -> Iterator[Part]:
 def blocked(terms: Terms) -> Iterator[Part]:
     """IPv6 that would have been captured is dropped; what would have passed passes."""
     plan = terms.plan
-    inbound = [*decisions.reroutes(terms, Drop())]
+    rerouted, inbound = [*decisions.reroutes(terms, Drop())], list[Rule]()
     if plan.inbound.mode != "none":
         inbound += decisions.leave_interfaces(terms, "in")
         inbound += [rule("inbound.mode", Return(), FROM_LO), *decisions.inbound_exempt(terms)]
         inbound += decisions.inbound_capture(terms, Drop())
     only: tuple[Family, ...] = ("ip6",)
-    yield from _hang(terms, "mangle", "PREROUTING", BLOCK_INBOUND, logged(plan, inbound), only, "ipv6", IS_TCP, IS_NEW)
+    chains = {BLOCK_INBOUND: rerouted + inbound}
+    if plan.inbound.mode == "tproxy" and plan.inbound.tproxy.before_reroute and rerouted:
+        chains = {BLOCK_INBOUND: inbound, BLOCK_REROUTED: rerouted}  # what the first lets pass comes to the second
+    for chain, rules in chains.items():
+        yield from _hang(terms, "mangle", "PREROUTING", chain, logged(plan, rules), only, "ipv6", IS_TCP, IS_NEW)
     outbound = decisions.outbound(terms, Capture(Drop(), Drop(), Drop()))
     yield from _hang(terms, "mangle", "OUTPUT", BLOCK_OUTBOUND, logged(plan, outbound), only, "ipv6", IS_NEW)
 

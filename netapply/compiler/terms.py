@@ -28,7 +28,7 @@ from netapply.ruleset import (
     Side,
     Statement,
 )
-from netapply.spans import collapse, merge
+from netapply.spans import collapse, join, merge
 
 #: The order in which every dialect can read a rule back: header fields first, then extensions.
 ORDER = (
@@ -107,7 +107,11 @@ class Terms:
         slots = self._dialect.port_slots or 2 * len(ranges)
         chunk: list[PortRange] = []
         used = 0
-        for item in merge(list(ranges)):
+        merged = merge(ranges)
+        # nft joins neighbours in a list that holds a range, when it restores what it listed.
+        if self.native and any(first != last for first, last in merged):
+            merged = join(merged)
+        for item in merged:
             cost = 1 if item.first == item.last else 2
             if chunk and used + cost > slots:
                 yield PortMatch(side, tuple(chunk))

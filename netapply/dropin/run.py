@@ -6,11 +6,10 @@ import os
 from collections.abc import MutableMapping
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
 
 from netapply.api import Capture
 from netapply.backend import Backend, find_backend
-from netapply.detection import IPTABLES, choose, holding_ours
+from netapply.detection import IPTABLES, choose
 from netapply.dropin.facts import BOTH_FAMILIES, read_facts, without_kernel
 from netapply.dropin.leftovers import istio_leftovers
 from netapply.errors import ConflictError, KernelError, NetapplyError
@@ -20,6 +19,7 @@ from netapply.ownership import Adopted, Adoption, ownership
 from netapply.plan import CapturePlan
 from netapply.results import Result
 from netapply.ruleset import Routing
+from netapply.values import NamedTuple
 
 _FORCED = {"legacy": "iptables-legacy", "nft": "iptables-nft"}
 _IPTABLES = ("iptables-nft", "iptables-legacy")
@@ -64,21 +64,21 @@ def apply(capture: Capture, job: Job, plan: CapturePlan, facts: Facts) -> Result
     try:
         return do()
     except ConflictError as error:
-        steps = _leave_one_dialect(capture, job, adopt)
+        steps = _leave_one_dialect(capture, job, adopt, error.dialects)
         if not steps:
-            error.next_step = "netapply istio-clean-iptables removes them; then run this again"
+            if error.dialects:
+                error.next_step = "netapply istio-clean-iptables removes them; then run this again"
             raise
     done = do()
     note = "rules stood in several dialects, as istio-iptables leaves them; they stand in one now"
     return done._replace(changed=True, steps=(*steps, *done.steps), notes=(*done.notes, note))
 
 
-def _leave_one_dialect(capture: Capture, job: Job, adopt: Adoption) -> tuple[str, ...]:
-    """Where rules stand in several dialects, clear all but the one to be used; what was done.
+def _leave_one_dialect(capture: Capture, job: Job, adopt: Adoption, held: tuple[str, ...]) -> tuple[str, ...]:
+    """Where rules stand in several dialects (`held`), clear all but the one to be used; what was done.
 
     Istio's choice of dialect leaves a trace that the next choice falls for, so two runs may leave rules in both.
     """
-    held = holding_ours(capture.namespace, ownership("istio")).names
     kept = job.dialect if job.dialect in held else next((name for name in _IPTABLES if name in held), "")
     if len(held) < 2 or (job.dialect not in (kept, IPTABLES)):
         return ()

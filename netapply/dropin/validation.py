@@ -13,22 +13,16 @@ import socket
 import struct
 import time
 from contextlib import ExitStack, suppress
-from typing import NamedTuple
 
-from netapply.errors import NetapplyError
+from netapply.errors import ValidationError
 from netapply.namespace import Namespace
 from netapply.syscalls import set_filesystem_ids
+from netapply.values import NamedTuple
 
 #: Between two calls, in seconds: rules that another program is to put up may come any moment.
 PAUSE = 0.2
 _ORIGINAL = 80  # SO_ORIGINAL_DST, IP6T_SO_ORIGINAL_DST: linux/netfilter_ipv4.h, linux/netfilter_ipv6/ip6_tables.h
 _PORT = struct.Struct("!2xH")  # struct sockaddr_in and sockaddr_in6 begin alike: family, port
-
-
-class ValidationError(NetapplyError):
-    """No connection was captured. Istio's repair controller looks for this exit code."""
-
-    exit_code = 126
 
 
 class Probe(NamedTuple):

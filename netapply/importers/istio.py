@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import socket
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from netapply import plan as p
 from netapply.errors import Fault, PlanError
 from netapply.importers.istio_settings import PORT, IstioSettings, spelled
 from netapply.ruleset import Cidr, PortRange
+from netapply.sockets import socket
+from netapply.values import NamedTuple
 
 Version: TypeAlias = Literal["istio", "istio-1.11", "istio-1.4"]
 
@@ -109,8 +109,8 @@ class _Reading:
 
     def _port(self, name: str) -> int:
         text = self._text(name).strip()
-        if text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16:
-            return int(text)
+        if 0 < (port := _decimal(text)) < 1 << 16:
+            return port
         self._refuse(name, text, PORT)
         return 1
 
@@ -119,10 +119,9 @@ class _Reading:
         found: list[PortRange] = []
         for word in self._list(name):
             first, colon, last = word.partition(":")
-            if not re.fullmatch("[0-9]{1,5}|[0-9]{0,5}:[0-9]{0,5}", word):
-                first, last = "1", "0"
-            low, high = int(first or 0), int(last or (65535 if colon else first))
-            if low <= high < 1 << 16:
+            low = _decimal(first) if first or not colon else 0
+            high = low if not colon else _decimal(last) if last else 65535
+            if 0 <= low <= high < 1 << 16:
                 found.append(PortRange(low, high))
             else:
                 self._refuse(name, word, "write a port of 0 to 65535, or a range as 8000:8100")
@@ -137,10 +136,9 @@ class _Reading:
         names = self.facts.users if name == "proxy_uid" else self.facts.groups
         found: list[p.IdRange] = []
         for word in filter(None, (each.strip() for each in text.split(","))):
-            range_here = ranges and re.fullmatch("[0-9]{1,10}-[0-9]{1,10}", word)
-            first, _, last = word.partition("-") if range_here else (word, "", "")
-            low = int(first) if re.fullmatch("[0-9]{1,10}", first) else names.get(first, -1)
-            high = int(last) if range_here else low
+            first, dash, last = word.partition("-") if ranges and word not in names else (word, "", "")
+            low = _decimal(first) if dash else names.get(first, _decimal(first))
+            high = _decimal(last) if dash else low
             if 0 <= low <= high < (1 << 32) - 1:
                 found.append(p.IdRange(low, high))
             else:
@@ -150,22 +148,30 @@ class _Reading:
     def _cidrs(self, name: str) -> p.Everything | tuple[Cidr, ...]:
         if self._text(name) == "*":
             return "*"
-        return tuple(block for word in self._list(name) if (block := self._cidr(name, word)))
+        words = filter(None, self._text(name).split(","))
+        return tuple(block for word in words if (block := self._cidr(name, word)))
 
     def _cidr(self, name: str, word: str) -> Cidr | None:
-        """As netip.ParsePrefix: the length is required, host bits are allowed (iptables drops them)."""
-        host, _, length = word.partition("/")
+        """As netip.ParsePrefix: the length is required, host bits are allowed (iptables drops them).
+
+        1.4 leaves a block to iptables, to which one address is one; 1.11 takes an address that is mapped to IPv6 for
+        what it is.
+        """
+        host, slash, length = word.partition("/")
         kind = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             packed = socket.inet_pton(kind, host)
         except OSError:
             packed = b""
         bits = len(packed) * 8
-        if not packed or not re.fullmatch("[0-9]|[1-9][0-9]{1,2}", length) or int(length) > bits:
-            self._refuse(name, word, "write a block as 10.0.0.0/8")
+        prefix = bits if self.oldest and not slash else _decimal(length)
+        if not packed or not 0 <= prefix <= bits:
+            spaces = "" if word == word.strip() else ", with no spaces around it"
+            self._refuse(name, word.strip(), f"write a block as 10.0.0.0/8{spaces}")
             return None
-        shift = bits - int(length)
-        return Cidr((int.from_bytes(packed) >> shift << shift).to_bytes(len(packed)), int(length))
+        shift = bits - prefix
+        block = Cidr((int.from_bytes(packed) >> shift << shift).to_bytes(len(packed)), prefix)
+        return _as_ipv4(block) if self.version == "istio-1.11" else block
 
     def _names_loopback(self, include: p.Everything | tuple[Cidr, ...]) -> bool:
         """Is an address of the list, as written, one of loopback?"""
@@ -206,7 +212,9 @@ class _Reading:
 
     def _number(self, name: str, unused: int) -> int:
         text = self._text(name)
-        if re.fullmatch("0[xX][0-9a-fA-F]{1,8}|[1-9][0-9]{0,9}", text) and 0 < (number := int(text, 0)) < 1 << 32:
+        digits = text[2:] if text[:2] in ("0x", "0X") else ""
+        hexadecimal = digits and not digits.strip("0123456789abcdefABCDEF")
+        if 0 < (number := int(digits, 16) if hexadecimal else _decimal(text)) < 1 << 32:
             return number
         if self.tproxy:  # nobody else reads it
             self._refuse(name, text, "write a number of 1 to 4294967295")
@@ -245,8 +253,9 @@ class _Reading:
         callers = p.Owners(gids=_ids(gids))
         servers = tuple(filter(None, map(_single, self.facts.servers)))
         if self.version == "istio-1.11":  # its rules stand even where no server is of IPv4
-            servers = (ALL_4,) if given.capture_all_dns else tuple(each for each in servers if each.family == "ip")
-            return p.Dns("servers", servers, udp_exempt="proxy", self_calls=callers)
+            servers = tuple(each for each in map(_as_ipv4, servers) if each.family == "ip")
+            everything = (ALL_4,) if given.capture_all_dns else servers
+            return p.Dns("servers", everything, udp_exempt="proxy", self_calls=callers)
         if given.capture_all_dns:
             return p.Dns("all", self_calls=callers)
         if not servers:
@@ -284,6 +293,12 @@ def global_addresses(facts: Facts, *, link_local: bool = False) -> list[bytes]:
     return [packed for packed in unmapped if not (_loopback(packed) if link_local else _local(packed))]
 
 
+def _decimal(text: str) -> int:
+    """A number, or -1 for what is none, or is another one to iptables, as 010 is eight."""
+    plain = text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
+    return int(text) if plain and len(text) <= 10 else -1
+
+
 def _ids(numbers: tuple[int, ...]) -> tuple[p.IdRange, ...]:
     return tuple(p.IdRange(number, number) for number in numbers)
 
@@ -299,6 +314,12 @@ def _single(text: str) -> Cidr | None:
 
 def _unmapped(packed: bytes) -> bytes:
     return packed[12:] if packed[:12] == b"\0" * 10 + b"\xff\xff" else packed
+
+
+def _as_ipv4(block: Cidr) -> Cidr:
+    """A block of IPv4 that is mapped to IPv6, as what it is."""
+    packed = _unmapped(block.packed)
+    return Cidr(packed, block.prefix - 96) if packed != block.packed and block.prefix >= 96 else block
 
 
 def _is_localhost_6(host: str) -> bool:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from typing import NamedTuple
 
 from netapply.errors import Fault, PlanError
 from netapply.importers.istio import Facts, Version, plan_from_settings
 from netapply.importers.provenance import explain_fields
 from netapply.importers.readings import Reading, renamed
-from netapply.plan import CapturePlan, Ipv6Groups, TProxyRouting, plan_of
+from netapply.plan import CapturePlan, TProxyRouting, in_each_family
 from netapply.planfile import load_plan
 from netapply.planwriter import write_plan
 from netapply.spans import Spans
+from netapply.values import NamedTuple
 
 #: What has no place in a plan: how and where to apply it.
 NOT_IN_A_PLAN = (
@@ -42,7 +42,7 @@ def import_plan(reading: Reading, version: Version, facts: Facts) -> Imported:
     Raises PlanError with all that Istio refuses, or else with all that a plan file does.
     """
     made = _plan(reading, version, facts)
-    plan = _in_each_family(made)
+    plan = in_each_family(made, _without_idle_entries)
     comments = explain_fields(plan, version, reading)
     path = "outbound.ports.include"
     if plan.outbound.ports != made.outbound.ports and path in comments:
@@ -66,15 +66,6 @@ def _plan(reading: Reading, version: Version, facts: Facts) -> CapturePlan:
     if faults:
         raise PlanError(tuple(faults))
     return made
-
-
-def _in_each_family(plan: CapturePlan) -> CapturePlan:
-    own, done = plan.for_ipv6, _without_idle_entries(plan)
-    if own is None:
-        return done
-    ip6 = _without_idle_entries(plan_of(plan, "ip6"))
-    groups = (None if group is None else getattr(ip6, name) for name, group in own._asdict().items())
-    return done._replace(for_ipv6=Ipv6Groups(*groups))
 
 
 def _without_idle_entries(plan: CapturePlan) -> CapturePlan:

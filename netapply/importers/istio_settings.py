@@ -7,9 +7,9 @@ of variables are those of the flags, upper-cased, with an underscore for each da
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
 
 from netapply.errors import Fault, PlanError
+from netapply.values import NamedTuple
 
 
 class IstioSettings(NamedTuple):
@@ -168,7 +168,7 @@ def _value(name: str, text: str, faults: list[Fault]) -> str | bool:
 
 
 def _environment(env: Mapping[str, str], notes: list[str]) -> dict[str, str]:
-    """Variables by field. Empty ones count as unset; a boolean that is none is false, as Istio has it."""
+    """Variables by field. Empty ones count as unset; a boolean that is none, or empty, is false, as Istio has it."""
     names = [(field, field.upper()) for field in IstioSettings._fields]
     names += ALIASES.items()
     found: dict[str, str] = {}
@@ -178,8 +178,9 @@ def _environment(env: Mapping[str, str], notes: list[str]) -> dict[str, str]:
             # Kubernetes gives every container such variables of the services in its namespace: of one that is called
             # "envoy", ENVOY_PORT=tcp://10.96.0.7:80.
             notes.append(f"{name}={text} is not read: it speaks of a Kubernetes service")
-        elif text and _is_boolean(field) and text not in WORDS:
-            notes.append(f"{name}={text} is neither true nor false, and counts as false")
+        elif name in env and _is_boolean(field) and text not in WORDS:
+            if text:
+                notes.append(f"{name}={text} is neither true nor false, and counts as false")
             found[field] = "false"
         elif text or (name in env and field == TELLING_EMPTY):
             found[field] = text

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from netapply.fields import is_mapping
 from netapply.importers.istio import Version
 from netapply.importers.readings import Reading, Source
 from netapply.plan import CapturePlan
 from netapply.planfile import dump_plan
+from netapply.values import NamedTuple
 
 
 class Origin(NamedTuple):
@@ -118,6 +118,8 @@ def _remarks(
         both = [given[name].text for name in ("redirect_dns", "capture_all_dns") if name in given]
         idle = "" if plan.dns.capture != "none" else " has no effect without --redirect-dns"
         found["dns.capture"] = " ".join(both) + idle
+        if plan.dns.capture == "servers":
+            found["dns.servers"] = f"{given['capture_all_dns'].text}: Istio 1.11 captures DNS for IPv4 alone"
     elif "redirect_dns" in given and plan.dns.capture == "none":
         found["dns.capture"] = f"{given['redirect_dns'].text}, and no server is known"
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from netapply.errors import Fault
 from netapply.importers.istio_settings import (
@@ -16,6 +15,7 @@ from netapply.importers.istio_settings import (
     read_command,
     spelled,
 )
+from netapply.values import NamedTuple
 
 #: A longer value is left out of a comment: it stands beside it.
 _SHOWN = 48

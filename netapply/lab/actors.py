@@ -11,12 +11,13 @@ import os
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from netapply import syscalls
 from netapply.lab.answers import Endpoint
 from netapply.lab.namespaces import Place
 from netapply.ruleset import Family
+from netapply.values import NamedTuple
 
 IP_FREEBIND, IP_TRANSPARENT = 15, 19  # linux/in.h; socket has no names for them
 IPV6_TRANSPARENT, IPV6_FREEBIND = 75, 78  # linux/in6.h

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import json
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
+
+from netapply.values import NamedTuple
 
 #: Address in text and port.
 Endpoint: TypeAlias = tuple[str, int]

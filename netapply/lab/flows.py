@@ -6,12 +6,13 @@ and 15006, uid and gid 1337, DNS left alone.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from netapply.lab.answers import Answer, Endpoint
 from netapply.lab.network import ADDRESSES
 from netapply.lab.proxy import INBOUND, OUTBOUND, PASSTHROUGH
 from netapply.ruleset import FAMILIES, Family
+from netapply.values import NamedTuple
 
 APP_PORT, SERVICE_PORT, CONTROL_PLANE_PORT = 8080, 80, 15012
 AGENT_PORT, HEALTH_PORT, METRICS_PORT = 15020, 15021, 15090

@@ -17,13 +17,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
-from netapply.errors import NamespaceError
+from netapply.errors import NamespaceError, NetapplyError
 from netapply.lab import syscalls
 
 T = TypeVar("T")
 
 NETNS_DIR = "/run/netns"  # iproute2's NETNS_RUN_DIR
-PATIENCE = 5.0  # seconds for anything that a namespace's thread is asked to do; it takes microseconds
+
+
+def timeout_scale() -> float:
+    """By how much all waits are longer: NETAPPLY_TIMEOUT_SCALE, for emulated machines. Raises NetapplyError."""
+    text = os.environ.get("NETAPPLY_TIMEOUT_SCALE") or "1"
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 1 <= scale <= 1000:
+        raise NetapplyError(f"NETAPPLY_TIMEOUT_SCALE is {text!r}", next_step="write a number from 1 to 1000")
+    return scale
+
+
+PATIENCE = 5.0 * timeout_scale()  # seconds for what a namespace's thread is asked to do; it takes microseconds
 _OURS = re.compile(r"netapply-lab-(?P<pid>[1-9][0-9]*)-[0-9a-f]+-[a-z]+")
 
 
@@ -37,11 +51,12 @@ def lab_names(roles: tuple[str, ...], *, keep: bool = False) -> tuple[str, ...]:
 class Place:
     """One throwaway namespace. `path` opens it from outside, `fd` is an open descriptor of it.
 
+    Without `publish` it has no name under /run/netns, and is gone with the process however that ends.
     Raises NamespaceError when it cannot be created. Close it, or use it as a context manager: the namespace goes when
     its thread, its name and the sockets opened in it are gone.
     """
 
-    def __init__(self, name: str, *, keep: bool = False) -> None:
+    def __init__(self, name: str, *, keep: bool = False, publish: bool = True) -> None:
         self.name = name
         self.keep = keep
         self._thread = ThreadPoolExecutor(1, name)
@@ -49,7 +64,8 @@ class Place:
         self.path = ""
         try:
             self.fd = self.inside(_enter_new)
-            self.path = self.inside(lambda: _publish(name)) or f"/proc/{os.getpid()}/fd/{self.fd}"
+            published = self.inside(lambda: _publish(name)) if publish else ""
+            self.path = published or f"/proc/{os.getpid()}/fd/{self.fd}"
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):

@@ -9,11 +9,11 @@ import asyncio
 import socket
 import struct
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from netapply.lab.actors import Actor, family_of
 from netapply.lab.answers import Answer, Endpoint, Hop, decode, failure
 from netapply.lab.services import ask, endpoint
+from netapply.values import NamedTuple
 
 OUTBOUND, INBOUND = 15001, 15006
 PATIENCE = 0.8  # seconds for the connection onward: less than a client's second, so that the proxy can still say why

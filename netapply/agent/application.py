@@ -1,0 +1,351 @@
+"""The socket API: requests to calls of an Agent, and what it returns or raises to JSON.
+
+curl --unix-socket /run/netapply-agent/control.sock http://agent/v1/namespaces
+curl --unix-socket … -X PUT --data-binary @plan.yaml http://agent/v1/namespaces/pod-1
+curl --unix-socket … -X PUT --data-binary @plan.yaml http://agent/v1/namespaces/%2Fvar%2Frun%2Fnetns%2Fpod-1
+
+The namespace is a name, a path, pid:N, or "fd" for the descriptor that comes with the request. A descriptor beside a
+name proves that both ends mean the same namespace, whatever their mount namespaces show.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Protocol
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import structlog
+
+from netapply.agent.endpoints import (
+    EVENT_VERSION,
+    JSON_LINES,
+    LONGEST_CONFIRM,
+    METRICS_TEXT,
+    Endpoint,
+    find_endpoint,
+)
+from netapply.agent.events import Event
+from netapply.agent.http import Admitted, Request, Response
+from netapply.agent.model import AgentConfig, Metrics, NamespaceStatus, Target
+from netapply.agent.places import find_place
+from netapply.agent.policy import Meter, Peer, Policy
+from netapply.agent.prometheus import Decisions, exposition
+from netapply.compiler import LAYOUTS
+from netapply.documents import LIMITS, Format
+from netapply.errors import (
+    ConflictError,
+    Fault,
+    LockError,
+    NamespaceError,
+    NetapplyError,
+    PlanError,
+    UnsupportedError,
+)
+from netapply.jsonform import error_fields, plain
+from netapply.nsfs import open_source
+from netapply.plan import CapturePlan
+from netapply.planfile import load_plan
+from netapply.results import RESULT_VERSION, Result, RuleCounter
+from netapply.values import NamedTuple
+
+_log = structlog.stdlib.get_logger("netapply.agent")
+_FORMATS: Mapping[str, Format] = {
+    "application/json": "json",
+    "application/toml": "toml",
+    "application/yaml": "yaml",
+    "text/yaml": "yaml",
+}
+_STATUS: tuple[tuple[type[NetapplyError], int], ...] = (
+    (PlanError, 422),
+    (UnsupportedError, 422),
+    (NamespaceError, 404),
+    (ConflictError, 409),
+    (LockError, 503),
+)
+_MOST_WORDS = 64
+#: A loop that has not come round for so many seconds, or so many polls, is stuck.
+_STUCK, _STUCK_POLLS = 10.0, 5
+
+
+class AgentLike(Protocol):
+    """What the application needs of an Agent."""
+
+    config: AgentConfig
+
+    async def apply(
+        self, target: Target, plan: CapturePlan, *, backend: str, layout: str, confirm_within: float
+    ) -> Result: ...
+    async def remove(self, target: Target) -> Result: ...
+    async def confirm(self, target: Target) -> None: ...
+    async def register(self, target: Target) -> None: ...
+    async def unregister(self, target: Target) -> None: ...
+    async def reconcile(self, target: Target | None = None) -> None: ...
+    async def counters(self, target: str) -> tuple[RuleCounter, ...]: ...
+    def status(self) -> tuple[NamespaceStatus, ...]: ...
+    def events(self) -> AsyncIterator[Event]: ...
+    def metrics(self) -> Metrics: ...
+
+
+class _Asked(NamedTuple):
+    """A request, understood: `namespace` is decoded, `query` holds what is known of it alone."""
+
+    endpoint: Endpoint
+    namespace: str
+    query: Mapping[str, list[str]]
+    request: Request
+
+
+class Application:
+    """The API of one agent on one socket, by that socket's policy. `public_only`: metrics and health alone."""
+
+    def __init__(
+        self,
+        agent: AgentLike,
+        policy: Policy,
+        meter: Meter,
+        decisions: Decisions,
+        *,
+        public_only: bool = False,
+    ) -> None:
+        self._agent = agent
+        self._policy = policy
+        self._meter = meter
+        self._decisions = decisions
+        self._public_only = public_only
+
+    # --- as http.Application ---------------------------------------------------------------------------------
+
+    def admit(self, peer: Peer, method: str, target: str) -> Admitted | Response:
+        """By the head alone: is there such a thing, and may this peer ask for it."""
+        url = urlsplit(target)
+        found = find_endpoint(method, url.path)
+        if isinstance(found, frozenset):
+            if not found:
+                return self.fault(404, f"{url.path[:200]} is nothing here; see /openapi.json")
+            answer = self.fault(405, f"{method} is not for {url.path[:200]}")
+            return answer._replace(headers=(("allow", ", ".join(sorted(found))),))
+        endpoint, encoded = found
+        if self._public_only and not endpoint.public:
+            return self.fault(403, "only /metrics and /health are answered here")
+        refusal = self._policy.refusal(peer, endpoint.verb)
+        if refusal:
+            return self.fault(403, refusal)
+        wait = 0.0 if peer.uid in (0, self._policy.owner) else self._meter.ask(peer.uid)
+        if wait:
+            answer = self.fault(429, "too many requests")
+            return answer._replace(headers=(("retry-after", str(int(wait) + 1)),))
+
+        async def work(request: Request) -> Response:
+            try:
+                asked = _understand(endpoint, encoded, url.query, request)
+                return await _FUNCTIONS[endpoint.name](self, asked)
+            except NetapplyError as error:
+                return _failure(endpoint.name, error)
+            except Exception as error:  # noqa: BLE001 - a fault of ours: the client is told, and the log has it all
+                _log.exception("a request failed", endpoint=endpoint.name)
+                return _failure(endpoint.name, NetapplyError(f"{type(error).__name__}; see the agent's log"))
+
+        return Admitted(LIMITS.max_bytes if endpoint.body else 0, endpoint.descriptors, work)
+
+    def fault(self, status: int, message: str) -> Response:
+        """A refusal, in the form of all errors."""
+        return _failure("request", NetapplyError(message), status)
+
+    # --- the endpoints ---------------------------------------------------------------------------------------
+
+    async def status(self, _: _Asked) -> Response:
+        return _document("status", {"namespaces": self._agent.status()})
+
+    async def status_of(self, asked: _Asked) -> Response:
+        found = [each for each in self._agent.status() if asked.namespace in (each.name, each.path)]
+        if not found:
+            raise NamespaceError(f"the agent does not know {asked.namespace}", next_step="see `netapply status`")
+        return _document("status", {"namespace": found[0]})
+
+    async def apply(self, asked: _Asked) -> Response:
+        words = _plan_words(asked)
+        kind = asked.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        plan = await asyncio.to_thread(
+            load_plan, asked.request.body, format=_FORMATS.get(kind), source="<body>", limits=LIMITS
+        )
+        target = await self._target(asked)
+        backend, layout, confirm = words
+        result = await self._agent.apply(target, plan, backend=backend, layout=layout, confirm_within=confirm)
+        return _document("apply", result._asdict())
+
+    async def clean(self, asked: _Asked) -> Response:
+        result = await self._agent.remove(await self._target(asked))
+        return _document("clean", result._asdict())
+
+    async def confirm(self, asked: _Asked) -> Response:
+        await self._agent.confirm(await self._target(asked))
+        return _document("confirm", {})
+
+    async def reconcile(self, asked: _Asked) -> Response:
+        await self._agent.reconcile(await self._target(asked))
+        return _document("reconcile", {})
+
+    async def reconcile_all(self, _: _Asked) -> Response:
+        await self._agent.reconcile()
+        return _document("reconcile", {})
+
+    async def register(self, asked: _Asked) -> Response:
+        await self._agent.register(await self._target(asked))
+        return _document("register", {})
+
+    async def unregister(self, asked: _Asked) -> Response:
+        await self._agent.unregister(await self._target(asked))
+        return _document("unregister", {})
+
+    async def counters(self, asked: _Asked) -> Response:
+        return _document("counters", {"rules": await self._agent.counters(asked.namespace)})
+
+    async def events(self, asked: _Asked) -> Response:
+        only = asked.query.get("namespace", [""])[0]
+        return Response(200, kind=JSON_LINES, stream=_lines(self._agent.events(), only))
+
+    async def metrics(self, _: _Asked) -> Response:
+        await self._decisions.refresh(self._agent)
+        text = exposition(self._agent.metrics(), self._decisions)
+        return Response(200, text.encode(), METRICS_TEXT)
+
+    async def live(self, _: _Asked) -> Response:
+        return self._stuck("live") or _document("live", {})
+
+    async def ready(self, _: _Asked) -> Response:
+        waiting = [each.name for each in self._agent.status() if each.state == "pending" and each.fingerprint]
+        if waiting:
+            said = f"{len(waiting)} namespaces wait for their plan, {waiting[0]} first"
+            return _failure("ready", NetapplyError(said), 503)
+        return self._stuck("ready") or _document("ready", {})
+
+    async def openapi(self, _: _Asked) -> Response:
+        from netapply.agent.openapi import description
+
+        return Response(200, json.dumps(description(), indent=1).encode())
+
+    # --- what they need --------------------------------------------------------------------------------------
+
+    def _stuck(self, command: str) -> Response | None:
+        ago = time.monotonic() - self._agent.metrics().ticked
+        if ago <= max(_STUCK, _STUCK_POLLS * self._agent.config.poll):
+            return None
+        return _failure(command, NetapplyError(f"the agent's loop has not come round for {ago:.0f} s"), 503)
+
+    async def _target(self, asked: _Asked) -> Target:
+        labels = dict(_label(each) for each in asked.query.get("label", ()))
+        fail = "open" if asked.query.get("fail") == ["open"] else "closed"
+        sent = asked.request.descriptors
+        if len(sent) > 1:
+            raise _refused("descriptors", str(len(sent)), "at most one, the namespace's")
+        if asked.namespace == "fd":
+            if not sent:
+                raise NamespaceError("no descriptor came with the request", next_step="send it by SCM_RIGHTS")
+            return Target(sent[0], labels, fail)
+        if asked.namespace.startswith("fd:"):
+            raise NamespaceError("the agent's descriptors are its own", next_step='write "fd", and send yours along')
+        if sent:
+            await asyncio.to_thread(_same, asked.namespace, sent[0])
+        return Target(asked.namespace, labels, fail)
+
+
+_FUNCTIONS: Mapping[str, Callable[[Application, _Asked], Awaitable[Response]]] = {
+    name: function
+    for name, function in vars(Application).items()
+    if not name.startswith("_") and name not in ("admit", "fault")
+}
+
+
+def _understand(endpoint: Endpoint, encoded: str, query: str, request: Request) -> _Asked:
+    """The names and values of a request. Raises PlanError with everything that is wrong with them."""
+    known = {each.name: each for each in endpoint.query}
+    found: dict[str, list[str]] = {}
+    faults: list[Fault] = []
+    if query.count("&") >= _MOST_WORDS:
+        raise _refused("query", "so many words", f"at most {_MOST_WORDS}")
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name in known:
+            found.setdefault(name, []).append(value)
+        else:
+            faults.append(Fault("query", name[:80], f"known here are {', '.join(known) or 'none'}"))
+    faults += [
+        Fault(name, "more than once", "give it once")
+        for name, values in found.items()
+        if name != "label" and values[1:]
+    ]
+    namespace = unquote(encoded)
+    if "\0" in namespace or len(namespace) > 4096:
+        faults.append(Fault("namespace", "such a name", "a name, a path, pid:N or fd"))
+    if faults:
+        raise PlanError(tuple(faults))
+    return _Asked(endpoint, namespace, found, request)
+
+
+def _plan_words(asked: _Asked) -> tuple[str, str, float]:
+    """Backend, layout and the seconds to confirm in (0.0 for no trial). Raises PlanError."""
+    said = {name: values[0] for name, values in asked.query.items()}
+    faults: list[Fault] = []
+    backend, layout = said.get("backend", "auto"), said.get("layout", "netapply")
+    for name, value, known in (
+        ("layout", layout, tuple(LAYOUTS)),
+        ("fail", said.get("fail", "closed"), ("open", "closed")),
+    ):
+        if value not in known:
+            faults.append(Fault(name, value[:80], f"one of {', '.join(known)}"))
+    confirm = 0.0
+    if "confirm" in said:
+        try:
+            confirm = float(said["confirm"])
+        except ValueError:
+            confirm = -1.0
+        if not 0 < confirm <= LONGEST_CONFIRM:
+            faults.append(Fault("confirm", said["confirm"][:80], "seconds, more than 0 and at most 86400"))
+    if faults:
+        raise PlanError(tuple(faults))
+    return backend, layout, confirm
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals) or "," in text:
+        raise _refused("label", text[:80], "key=value, without a comma")
+    return key, value
+
+
+def _refused(where: str, value: str, accepted: str) -> PlanError:
+    return PlanError((Fault(where, value, accepted),))
+
+
+def _same(spec: str, fd: int) -> None:
+    """Raise ConflictError unless what the agent finds under this name is what the client sent."""
+    source = open_source(find_place(spec).spec)
+    try:
+        if not os.path.samestat(os.fstat(source.fd), os.fstat(fd)):
+            step = "the agent sees other files than you: name it by a path that both see, or send a descriptor alone"
+            raise ConflictError(f"{spec} is another namespace to the agent than to you", next_step=step)
+    finally:
+        os.close(source.fd)
+
+
+async def _lines(events: AsyncIterator[Event], only: str) -> AsyncIterator[bytes]:
+    try:
+        async for event in events:
+            if only in ("", event.namespace) or event.kind == "lost":
+                yield json.dumps({"version": EVENT_VERSION, **plain(event)}).encode() + b"\n"
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]  # an async generator, always
+
+
+def _document(command: str, body: Mapping[str, Any]) -> Response:
+    whole = {"version": RESULT_VERSION, "command": command, "ok": True, **plain(body)}
+    return Response(200, json.dumps(whole).encode() + b"\n")
+
+
+def _failure(command: str, error: NetapplyError, status: int = 0) -> Response:
+    status = status or next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
+    whole = {"version": RESULT_VERSION, "command": command, "ok": False, "error": error_fields(error)}
+    return Response(status, json.dumps(whole).encode() + b"\n")

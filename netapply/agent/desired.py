@@ -1,0 +1,129 @@
+"""Which namespace should hold what: by the plan files, and by what was asked for through the API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+
+from netapply.agent.held import Wanted
+from netapply.agent.places import Place, find_place
+from netapply.agent.planfiles import (
+    PlanFile,
+    Selector,
+    directories,
+    found_by,
+    is_plan_file,
+    matches_labels,
+    read_plan_file,
+)
+from netapply.errors import Fault, NamespaceError, PlanError
+from netapply.values import NamedTuple
+
+
+class Request(NamedTuple):
+    """A namespace that the API knows: with a plan, or with labels alone."""
+
+    place: Place
+    labels: Mapping[str, str]
+    wanted: Wanted | None
+
+
+class FileChange(NamedTuple):
+    """What became of one plan file: `faults` where it is rejected, else `fingerprint` ("" where it is gone)."""
+
+    path: str
+    fingerprint: str = ""
+    faults: tuple[Fault, ...] = ()
+
+
+class Desired:
+    """All wishes. It touches files, and no kernel."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        #: The last good state of each file.
+        self.files: dict[str, PlanFile] = {}
+        self.requests: dict[str, Request] = {}
+        self._rejected: dict[str, tuple[Fault, ...]] = {}
+
+    def read_files(self) -> tuple[FileChange, ...]:
+        """Read the directory; what is new, and what is wrong and was not told yet."""
+        changes: list[FileChange] = []
+        if not self._directory:
+            return ()
+        try:
+            names = sorted(filter(is_plan_file, os.listdir(self._directory)))
+        except FileNotFoundError:
+            names = []
+        except OSError as error:
+            fault = Fault(self._directory, error.strerror or str(error), "a directory that can be read")
+            return self._reject(self._directory, (fault,))
+        paths = [os.path.join(self._directory, name) for name in names]
+        for path in paths:
+            changes += self._read_file(path)
+        for path in [path for path in self.files if path not in paths]:
+            del self.files[path]
+            changes.append(FileChange(path))
+        self._rejected = {path: faults for path, faults in self._rejected.items() if path in paths}
+        return tuple(changes)
+
+    def _read_file(self, path: str) -> tuple[FileChange, ...]:
+        try:
+            file = read_plan_file(path)
+        except PlanError as error:
+            return self._reject(path, error.faults)
+        self._rejected.pop(path, None)
+        before, self.files[path] = self.files.get(path), file
+        return () if before == file else (FileChange(path, file.wanted.fingerprint),)
+
+    def _reject(self, path: str, faults: tuple[Fault, ...]) -> tuple[FileChange, ...]:
+        if self._rejected.get(path) == faults:
+            return ()
+        self._rejected[path] = faults
+        return (FileChange(path, faults=faults),)
+
+    @property
+    def rejected(self) -> int:
+        """How many files are wrong as they are now."""
+        return len(self._rejected)
+
+    def directories(self) -> frozenset[str]:
+        """All that is to be watched for names that come and go."""
+        watched = set(directories(self._selectors()))
+        watched |= {os.path.dirname(each.place.path) for each in self.requests.values() if each.place.path}
+        return frozenset(watched | ({self._directory} if self._directory else set()))
+
+    def lists(self, directory: str) -> bool:
+        """Whether names that appear in this directory may be new namespaces of a glob or a pid file."""
+        return any(each.kind in ("glob", "pidFile") and directory in directories((each,)) for each in self._selectors())
+
+    def is_plans(self, directory: str) -> bool:
+        """Whether this is where the plan files are."""
+        return bool(self._directory) and directory == self._directory
+
+    def resolve(self, known: Iterable[tuple[Place, Mapping[str, str]]]) -> dict[str, tuple[Place, Wanted]]:
+        """By key: the namespaces that exist or are named, each with what it should hold.
+
+        `known` are those with labels. What the API was asked for comes first, then files by their names.
+        """
+        found = {key: (each.place, each.wanted) for key, each in self.requests.items() if each.wanted is not None}
+        labelled = list(known)
+        for _, file in sorted(self.files.items()):
+            for place in _places(file, labelled):
+                found.setdefault(place.key, (place, file.wanted))
+        return found
+
+    def _selectors(self) -> Iterator[Selector]:
+        for file in self.files.values():
+            yield from file.selectors
+
+
+def _places(file: PlanFile, labelled: Iterable[tuple[Place, Mapping[str, str]]]) -> Iterator[Place]:
+    for selector in file.selectors:
+        if selector.kind == "label":
+            yield from (place for place, labels in labelled if matches_labels(selector.value, labels))
+        for spec in found_by(selector):
+            try:
+                yield find_place(spec)
+            except NamespaceError:
+                continue

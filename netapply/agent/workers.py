@@ -1,0 +1,38 @@
+"""Worker threads of one agent: kernel calls are synchronous, and none is left half-way by who is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Workers:
+    """A pool of threads; `close` waits for what runs."""
+
+    def __init__(self, number: int) -> None:
+        # More threads than processors wait for the interpreter alone; the kernel's part of a batch runs beside it.
+        self._pool = ThreadPoolExecutor(number or min(4, os.cpu_count() or 1), thread_name_prefix="netapply-agent")
+
+    async def run(self, work: Callable[[], T], stop: threading.Event | None = None) -> T:
+        """What `work` returns or raises. Who is cancelled sets `stop`, and waits all the same for the thread."""
+        task = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError as cancelled:
+            if stop is not None:
+                stop.set()
+            while not task.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
+            raise cancelled from (None if task.cancelled() else task.exception())
+
+    def close(self) -> None:
+        """No more work. Nobody waits here for long: all that was begun was awaited."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,87 @@
+"""The everyday commands through the agent: where one keeps this machine's namespaces, what it does not know it undoes.
+
+The namespace is opened here first, as without an agent: so the same is refused in the same words, and its descriptor
+goes along to prove that both ends mean the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from netapply.cli import client
+from netapply.cli.words import Arguments
+from netapply.errors import NetapplyError
+from netapply.jsonform import result_of
+from netapply.namespace import Namespace, NamespaceId
+from netapply.nsfs import open_source
+from netapply.plan import CapturePlan
+from netapply.results import Result
+
+
+def find_agent(path: str) -> client.Client | None:
+    """The agent behind this socket; None where nobody answers there, or we are nobody to it."""
+    try:
+        client.connect(path, 5.0).close()
+    except (FileNotFoundError, ConnectionRefusedError, PermissionError):
+        return None
+    except OSError as error:
+        raise client.unreachable(path, error) from error
+    return client.Client(path)
+
+
+def apply(agent: client.Client, arguments: Arguments, plan: CapturePlan) -> Result:
+    """Have the agent apply a plan, and keep it. Raises NetapplyError."""
+    from netapply.planfile import dump_plan
+
+    words = {"backend": arguments.backend, "layout": arguments.layout}
+    if arguments.confirm:
+        words["confirm"] = f"{arguments.confirm:g}"
+    query = "&".join(f"{name}={client.quoted(word)}" for name, word in words.items())
+    with _named(arguments) as (name, fd, _):
+        body = json.dumps(dump_plan(plan)).encode()
+        return result_of(agent.ask("PUT", f"/v1/namespaces/{name}?{query}", body, fd=fd))
+
+
+def clean(agent: client.Client, arguments: Arguments) -> Result | None:
+    """Have the agent take down what it keeps there; None where it keeps nothing there. Raises NetapplyError."""
+    with _named(arguments) as (name, fd, identity):
+        if not _keeps(agent, identity):
+            return None
+        if (arguments.backend, arguments.layout) != ("auto", "netapply"):
+            raise NetapplyError(
+                "the agent keeps this namespace, and would put back what is taken down of one dialect or layout",
+                next_step="netapply clean without --backend and --layout; or --alone, if you mean it",
+            )
+        return result_of(agent.ask("DELETE", f"/v1/namespaces/{name}", fd=fd))
+
+
+def confirm(agent: client.Client, arguments: Arguments) -> None:
+    """Keep what was applied on trial. Raises NetapplyError."""
+    with _named(arguments) as (name, fd, _):
+        agent.ask("POST", f"/v1/namespaces/{name}/confirm", fd=fd)
+
+
+def _keeps(agent: client.Client, identity: NamespaceId) -> bool:
+    for each in agent.ask("GET", "/v1/namespaces")["namespaces"]:
+        known: dict[str, Any] | None = each["identity"]
+        if known and (known["device"], known["inode"]) == identity[:2]:
+            return bool(each["fingerprint"])
+    return False
+
+
+@contextmanager
+def _named(arguments: Arguments) -> Generator[tuple[str, int, NamespaceId]]:
+    """How the agent is told of the namespace: its name, a descriptor, and its identity. Raises NamespaceError."""
+    spec = arguments.netns
+    with Namespace.open(spec, host=arguments.host, lock_timeout=arguments.lock_timeout) as namespace:
+        source = open_source(spec)
+        try:
+            named = spec is not None and not spec.startswith("fd:")
+            name = os.path.abspath(spec) if named and "/" in spec else spec
+            yield (client.quoted(name) if named else "fd"), source.fd, namespace.identity
+        finally:
+            os.close(source.fd)

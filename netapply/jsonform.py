@@ -1,0 +1,66 @@
+"""Values and errors as JSON, and results and errors back from it: what the command prints, and the agent answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from netapply import errors
+from netapply.errors import ApplyError, ConflictError, Fault, KernelError, NetapplyError, PlanError
+from netapply.results import Result
+
+_FAULTS = "faults"
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: named tuples as objects, at any depth; bytes in hex; all else as text."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {name: plain(each) for name, each in zip(value._fields, value, strict=True)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return [plain(each) for each in value]
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def error_fields(error: NetapplyError) -> dict[str, Any]:
+    """An error as JSON: its kind, message and next step, and what its class adds."""
+    kind = getattr(error, "kind", "") or type(error).__name__
+    fields: dict[str, Any] = {"kind": kind, "message": str(error), "next_step": error.next_step}
+    if isinstance(error, PlanError):
+        fields[_FAULTS] = [fault._asdict() for fault in error.faults]
+    if isinstance(error, ConflictError):
+        fields["dialects"] = error.dialects
+    if isinstance(error, KernelError):
+        fields.update(operation=error.operation, errno=error.errno, extack=error.extack)
+    if isinstance(error, ApplyError):
+        fields.update(step=error.step, restored=error.restored)
+        if isinstance(error.__cause__, NetapplyError):
+            fields["cause"] = error_fields(error.__cause__)
+    return fields
+
+
+def error_of(fields: Mapping[str, Any]) -> NetapplyError:
+    """The error that was told by `error_fields`; a NetapplyError where its kind is not known here."""
+    known = {name: each for name, each in vars(errors).items() if isinstance(each, type)}
+    kind = known.get(str(fields.get("kind")), NetapplyError)
+    if kind is PlanError:
+        return PlanError(tuple(Fault(**each) for each in fields[_FAULTS]))
+    if not issubclass(kind, NetapplyError):
+        kind = NetapplyError
+    error = kind.__new__(kind)  # its message is made already, so its own __init__ would say everything twice
+    Exception.__init__(error, str(fields.get("message", "")))
+    error.__dict__.update({name: each for name, each in fields.items() if name not in ("kind", "message", "cause")})
+    if "dialects" in fields:
+        error.__dict__["dialects"] = tuple(fields["dialects"])
+    if "cause" in fields:
+        error.__cause__ = error_of(fields["cause"])
+    return error
+
+
+def result_of(fields: Mapping[str, Any]) -> Result:
+    """The Result that was told as JSON; what a later version adds is left out."""
+    known = {name: fields[name] for name in Result._fields if name in fields}
+    return Result(**{name: tuple(each) if isinstance(each, list) else each for name, each in known.items()})
