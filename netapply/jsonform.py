@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard
 
 from netapply import errors
 from netapply.errors import ApplyError, ConflictError, Fault, KernelError, NetapplyError, PlanError
@@ -16,13 +16,22 @@ def plain(value: Any) -> Any:
     """A value as JSON knows it: named tuples as objects, at any depth; bytes in hex; all else as text."""
     if value is None or isinstance(value, (str, int, float)):
         return value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {name: plain(each) for name, each in zip(value._fields, value, strict=True)}
-    if isinstance(value, Mapping):
+    names: tuple[str, ...] | None = getattr(value, "_fields", None)
+    if names is not None:
+        return {name: plain(getattr(value, name)) for name in names}
+    if _is_mapping(value):
         return {str(name): plain(each) for name, each in value.items()}
-    if isinstance(value, (tuple, list, set, frozenset)):
+    if _is_collection(value):
         return [plain(each) for each in value]
     return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_collection(value: Any) -> TypeGuard[Iterable[Any]]:
+    return isinstance(value, (tuple, list, set, frozenset))
 
 
 def error_fields(error: NetapplyError) -> dict[str, Any]:
@@ -62,5 +71,7 @@ def error_of(fields: Mapping[str, Any]) -> NetapplyError:
 
 def result_of(fields: Mapping[str, Any]) -> Result:
     """The Result that was told as JSON; what a later version adds is left out."""
-    known = {name: fields[name] for name in Result._fields if name in fields}
-    return Result(**{name: tuple(each) if isinstance(each, list) else each for name, each in known.items()})
+    known: dict[str, Any] = {name: fields[name] for name in Result._fields if name in fields}
+    for name in ("steps", "degraded", "notes"):
+        known[name] = tuple(known.get(name, ()))
+    return Result(**known)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import os
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,12 @@ class Record:
 
 
 @asynccontextmanager
-async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[tuple[Agent, Record]]:
+async def running(tmp_path: Path, *, journal: str = "", **settings: Any) -> AsyncIterator[tuple[Agent, Record]]:
     """An agent with its state below `tmp_path`; no plan files unless told."""
     defaults: dict[str, Any] = {
         "plans": "",
         "state": str(tmp_path / "state"),
-        "journal": str(tmp_path / "journal"),
+        "journal": journal or str(tmp_path / "journal"),
         "poll": 0.05,
         "budget": GENEROUS,
         "queue": 1 << 20,
@@ -78,6 +80,14 @@ async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[tuple[Agent,
         await asyncio.wait_for(listener, PATIENCE)
     finally:
         listener.cancel()
+
+
+@contextmanager
+def memory_directory() -> Iterator[str]:
+    """A directory that is no disk, as the journal's own place is, for what is measured."""
+    place = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(prefix="netapply-test-", dir=place) as path:
+        yield path
 
 
 async def until(true: Callable[[], bool], patience: float = PATIENCE) -> None:

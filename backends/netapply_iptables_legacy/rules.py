@@ -186,8 +186,11 @@ def _understand(entry: Entry, family: Family, names: tuple[tuple[int, str], ...]
     for ext in extensions:
         if ext.name == "comment":
             comment = xtables.decode_comment(ext)
-        else:
-            matches.append(xtables.decode_match(ext, dict(names)))
+            continue
+        wanted = xtables.PROTOCOL_OF.get(ext.name)
+        if wanted is not None and ProtocolMatch(wanted) not in matches:
+            raise DecodeError(f"match {ext.name} in a rule of another protocol: not one of ours")
+        matches.append(xtables.decode_match(ext, dict(names)))
     rule = Rule(tuple(matches), _decode_target(entry, target, family), None, comment)
     try:
         header, _ = _encode_header(rule.matches, family)

@@ -77,6 +77,8 @@ PATH_SIZE = 512  # of xt_cgroup_info_v2
 ALL_BITS = 0xFFFFFFFF
 ALL_PORTS = PortRange(0, 65535)
 MULTIPORT_SLOTS = 15  # XT_MULTI_PORTS
+#: Matches that the kernel takes in a rule of this protocol alone.
+PROTOCOL_OF: Mapping[str, int] = {"tcp": 6, "udp": 17}
 
 _TCP = struct.Struct("=4H3xB4x")  # xt_tcp: spts[2], dpts[2], option, flg_mask, flg_cmp, invflags
 _UDP = struct.Struct("=4HB7x")  # xt_udp: spts[2], dpts[2], invflags
@@ -182,8 +184,7 @@ def decode_match(ext: Extension, sets: Mapping[int, str] = {}) -> Match:
     """
     try:
         found = _parse_match(ext, sets)
-        protocol = 17 if ext.name == "udp" else 6
-        again = None if found is None else match_extension(found, protocol)
+        again = None if found is None else match_extension(found, PROTOCOL_OF.get(ext.name, 6))
     except (struct.error, UnicodeDecodeError, ArithmeticError, UnsupportedError):
         found = again = None
     if found is None or again is None or not _same(ext, again):
@@ -193,7 +194,7 @@ def decode_match(ext: Extension, sets: Mapping[int, str] = {}) -> Match:
 
 def _parse_match(ext: Extension, sets: Mapping[int, str]) -> Match | None:
     name, _, info = ext
-    if name in ("tcp", "udp"):
+    if name in PROTOCOL_OF:
         first_s, last_s, first_d, last_d, invert = (_TCP if name == "tcp" else _UDP).unpack(info)
         if (first_d, last_d) == ALL_PORTS:
             return PortMatch("src", (PortRange(first_s, last_s),), bool(invert))

@@ -14,7 +14,7 @@ import structlog
 
 from netapply.agent import store
 from netapply.agent.desired import Desired, Request
-from netapply.agent.events import Event, FileRejected, PlanChanged, Unconfirmed
+from netapply.agent.events import Event, FileRejected, PlanChanged, Unconfirmed, Vanished
 from netapply.agent.held import Held, Wanted
 from netapply.agent.inotify import Inotify
 from netapply.agent.keeper import Keeper
@@ -23,9 +23,11 @@ from netapply.agent.places import Place, find_place
 from netapply.agent.planfiles import PlanFile, Selector
 from netapply.agent.subscribers import Subscribers
 from netapply.agent.tally import Tally
+from netapply.agent.watchers import Watchers
 from netapply.agent.workers import Workers
 from netapply.errors import NamespaceError, NetapplyError
 from netapply.journal import Journal
+from netapply.nsfs import NamespaceId
 from netapply.plan import CapturePlan
 from netapply.planfile import fingerprint
 from netapply.results import Result, RuleCounter
@@ -59,6 +61,7 @@ class Agent:
         self._desired = Desired(self.config.plans)
         self._subscribers = Subscribers(self.config.queue)
         self._keepers: dict[str, Keeper] = {}
+        self._claims: dict[NamespaceId, Keeper] = {}
         self._trials: dict[str, _Trial] = {}
         self._plans: dict[str, CapturePlan] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -70,14 +73,16 @@ class Agent:
         self.workers = Workers(self.config.concurrency)
         self._saving = asyncio.Lock()
         self._inotify = Inotify()
+        self.watchers = Watchers()
         self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self.watchers.fileno(), self.watchers.dispatch)
         self._running = True
         try:
             self._restore()
             self._read_files()
             self._watch()
             self._resolve()
-            await asyncio.gather(*(keeper.reconcile() for keeper in self._keepers.values()))
+            await asyncio.gather(*(keeper.settled() for keeper in self._keepers.values()))
             self._loop.add_reader(self._inotify.fileno(), self._names_changed)
             self._names_changed()
             self._spawn(self._look_around())
@@ -95,6 +100,7 @@ class Agent:
     async def _close(self) -> None:
         self._running = False
         self._loop.remove_reader(self._inotify.fileno())
+        self._loop.remove_reader(self.watchers.fileno())
         for timer in (self._gathering, *(trial.timer for trial in self._trials.values())):
             if timer is not None:
                 timer.cancel()
@@ -104,6 +110,7 @@ class Agent:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(keeper.close() for keeper in self._keepers.values()))
         self._inotify.close()
+        self.watchers.close()
         self.workers.close()
         self._subscribers.close()
         for keeper in self._keepers.values():
@@ -215,7 +222,7 @@ class Agent:
         tally, keepers = self.tally, list(self._keepers.values())
         states: dict[str, int] = dict.fromkeys(STATES, 0)
         for keeper in keepers:
-            states[keeper.state] += 1
+            states[keeper.shown] += 1
         return Metrics(
             states,
             tally.applies,
@@ -245,16 +252,19 @@ class Agent:
         """Give an event to all that listen."""
         self._subscribers.tell(event)
 
-    def rival(self, keeper: Keeper, held: Held) -> str:
-        """The name of another keeper that holds the same namespace; "" where there is none."""
-        for other in self._keepers.values():
-            if other is not keeper and other.held is not None and other.held.identity == held.identity:
-                return other.place.name
-        return ""
+    def claim(self, keeper: Keeper, identity: NamespaceId) -> str:
+        """The name of another keeper that holds this namespace; "" where it is this one's now. From any thread."""
+        other = self._claims.setdefault(identity, keeper)
+        return "" if other is keeper else other.place.name
+
+    def unclaim(self, keeper: Keeper, identity: NamespaceId) -> None:
+        """It is nobody's any more."""
+        if self._claims.get(identity) is keeper:
+            del self._claims[identity]
 
     def ended(self, keeper: Keeper) -> None:
         """The process that named a namespace has ended: its pid may be another's by now."""
-        self._spawn(self._forget(keeper))
+        self._spawn(self._part_with(keeper))
 
     # --- keepers ---------------------------------------------------------------------------------------------
 
@@ -270,9 +280,8 @@ class Agent:
         if place.fd >= 0:
             status = os.fstat(place.fd)
             os.close(place.fd)
-            for keeper in self._keepers.values():
-                held = keeper.held
-                if held is not None and (held.identity.device, held.identity.inode) == (status.st_dev, status.st_ino):
+            for identity, keeper in self._claims.items():
+                if (identity.device, identity.inode) == (status.st_dev, status.st_ino):
                     return keeper
         found = self._keepers.get(place.key)
         if found is None:
@@ -305,6 +314,11 @@ class Agent:
         else:
             await self._drop(keeper)
         await self._save()
+
+    async def _part_with(self, keeper: Keeper) -> None:
+        if keeper.held is not None:
+            self.tell(Vanished(keeper.place.name, time.time()))
+        await self._forget(keeper)
 
     def _unconfirmed(self, key: str) -> None:
         trial, keeper = self._trials.pop(key, None), self._keepers.get(key)

@@ -14,7 +14,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -30,7 +30,7 @@ from netapply.agent.endpoints import (
 )
 from netapply.agent.events import Event
 from netapply.agent.http import Admitted, Request, Response
-from netapply.agent.model import AgentConfig, Metrics, NamespaceStatus, Target
+from netapply.agent.model import AgentConfig, FailMode, Metrics, NamespaceStatus, Target
 from netapply.agent.places import find_place
 from netapply.agent.policy import Meter, Peer, Policy
 from netapply.agent.prometheus import Decisions, exposition
@@ -238,7 +238,7 @@ class Application:
 
     async def _target(self, asked: _Asked) -> Target:
         labels = dict(_label(each) for each in asked.query.get("label", ()))
-        fail = "open" if asked.query.get("fail") == ["open"] else "closed"
+        fail: FailMode = "open" if asked.query.get("fail") == ["open"] else "closed"
         sent = asked.request.descriptors
         if len(sent) > 1:
             raise _refused("descriptors", str(len(sent)), "at most one, the namespace's")
@@ -331,13 +331,14 @@ def _same(spec: str, fd: int) -> None:
         os.close(source.fd)
 
 
-async def _lines(events: AsyncIterator[Event], only: str) -> AsyncIterator[bytes]:
+async def _lines(events: AsyncIterator[Event], only: str) -> AsyncGenerator[bytes, None]:
     try:
         async for event in events:
             if only in ("", event.namespace) or event.kind == "lost":
                 yield json.dumps({"version": EVENT_VERSION, **plain(event)}).encode() + b"\n"
     finally:
-        await events.aclose()  # type: ignore[attr-defined]  # an async generator, always
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()  # no event is kept for who has left
 
 
 def _document(command: str, body: Mapping[str, Any]) -> Response:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from netapply import core
-from netapply.agent.listening import listening_ports
+from netapply.agent.events import Cause
+from netapply.agent.listening import listening_ports, proxy_ports
 from netapply.agent.model import FailMode
-from netapply.agent.monitor import Monitor, watch_routing, watch_rules
+from netapply.agent.monitor import Monitor, News, watch_routing, watch_rules
+from netapply.agent.watchers import Watchers
 from netapply.backend import Backend, Owned, find_backend
 from netapply.detection import lacking
 from netapply.differences import ruleset_changes
@@ -36,7 +38,7 @@ class Wanted(NamedTuple):
 
 
 class Brought(NamedTuple):
-    """What `Held.bring` did: its result and when it was proven; whether it undid drift, and what that was.
+    """What `Held.bring` did: its result and when it was proven; whether it undid drift, what that was, and whose.
 
     `again`: somebody has changed it since.
     """
@@ -46,6 +48,18 @@ class Brought(NamedTuple):
     drifted: bool
     changes: tuple[Change, ...]
     again: bool
+    cause: Cause | None = None
+
+
+class Attended(NamedTuple):
+    """What `Held.attend` found: `brought` is None where nothing had to be looked at closely.
+
+    `listens` is for a plan that waits for its proxy, and None for others; `up` says whether capture is.
+    """
+
+    brought: Brought | None
+    listens: bool | None = None
+    up: bool = True
 
 
 class _Proven(NamedTuple):
@@ -61,7 +75,7 @@ class _Proven(NamedTuple):
 class Held:
     """An open namespace. Its methods block, and are called by one thread at a time; `holds` by any."""
 
-    def __init__(self, namespace: Namespace, journal: Journal) -> None:
+    def __init__(self, namespace: Namespace, journal: Journal, watchers: Watchers, call: Callable[[], None]) -> None:
         self.namespace = namespace
         self._journal = journal
         self._proven: _Proven | None = None
@@ -70,13 +84,28 @@ class Held:
         #: Before anything is read: what comes later is news.
         self.rules = watch_rules(namespace)
         self.routing: Monitor | None = None
+        self._watchers = watchers
+        self._call = call
+        self._counted = News()
+        #: Whether it is being put right at this moment.
+        self.healing = False
+        watchers.add(self.rules.fileno(), call)
 
     @classmethod
-    def open(cls, spec: str | int, journal: Journal, *, host: bool, lock_timeout: float) -> Held:
-        """Open what `spec` names, and begin to watch. Raises NamespaceError, OSError."""
+    def open(
+        cls,
+        spec: str | int,
+        journal: Journal,
+        watchers: Watchers,
+        call: Callable[[], None],
+        *,
+        host: bool,
+        lock_timeout: float,
+    ) -> Held:
+        """Open what `spec` names, and begin to watch: news are a reason to `call`. Raises NamespaceError, OSError."""
         namespace = Namespace.open(spec, host=host, lock_timeout=lock_timeout)
         try:
-            return cls(namespace, journal)
+            return cls(namespace, journal, watchers, call)
         except BaseException:
             namespace.close()
             raise
@@ -92,9 +121,62 @@ class Held:
         return self._proven.backend.name if self._proven else ""
 
     @property
-    def has_news(self) -> bool:
-        """Whether the kernel tells of every change of the rules: of iptables-legacy it tells nothing."""
-        return self.generation > 0
+    def is_silent(self) -> bool:
+        """Whether the kernel does not tell of every change: not of iptables-legacy, and not of settings."""
+        return self.generation == 0 or bool(self._proven and self._proven.desired.routing.sysctls)
+
+    def attend(self, wanted: Wanted, *, deep: bool, active: bool | None, cancelled: Callable[[], bool]) -> Attended:
+        """Answer the news that there are, or look at everything (`deep`). Raises NetapplyError, OSError.
+
+        `active` says of a plan that waits for its proxy whether it was in force; None where nobody knows.
+        """
+        try:
+            known = self.generation
+            news = self._drain()
+            waits, listens = wanted.plan.activation != "now", None
+            if waits:
+                listens = proxy_ports(wanted.plan) <= listening_ports(self.namespace)
+                active = self.stands() if active is None else active
+                if not listens and not (active and wanted.fail == "closed"):
+                    if active or deep:
+                        self.clean()
+                    return Attended(None, listens, up=False)
+            if not deep and self._proven is not None and self._proven.wanted == wanted:
+                fresh = any(cause.generation > known for cause in news.causes)
+                if not (news.routing or news.overrun) and (not fresh or self.holds()):
+                    return Attended(None, listens)
+            self.healing = self._proven is not None and not deep
+            brought = self.bring(wanted, cancelled=cancelled)
+            since = self._drain()
+            cause = self._whose(news.causes + since.causes, known)
+            again = brought.again or since.routing or since.overrun
+            again = again or any(each.generation > self.generation for each in since.causes)
+            return Attended(brought._replace(cause=cause, again=again), listens)
+        finally:
+            self.healing = False
+            self._arm()
+
+    def _whose(self, causes: tuple[Cause, ...], known: int) -> Cause | None:
+        """Who changed what was put right: the last before our own commit."""
+        theirs = [cause for cause in causes if known < cause.generation < max(self.generation, known + 2)]
+        return theirs[-1] if theirs else None
+
+    def _drain(self) -> News:
+        """All news that there are; counted."""
+        found = [monitor.read() for monitor in (self.rules, self.routing) if monitor is not None]
+        news = found[0] if len(found) == 1 else found[0].and_also(found[1])
+        self._counted = self._counted.and_also(news)
+        return news
+
+    def _arm(self) -> None:
+        for monitor in (self.rules, self.routing):
+            if monitor is not None and monitor.fileno() >= 0:
+                self._watchers.arm(monitor.fileno())
+
+    def counted(self) -> News:
+        """What was read since this was asked the last time; its causes do not matter."""
+        counted, self._counted = self._counted, News()
+        return counted
 
     def bring(
         self, wanted: Wanted, *, count_flows: bool = False, cancelled: Callable[[], bool] = lambda: False
@@ -127,6 +209,7 @@ class Held:
         desired, _, _ = core.compiled(self.namespace, plan, backend, missing, wanted.layout)
         if desired.routing != NOTHING and self.routing is None:
             self.routing = watch_routing(self.namespace)
+            self._watchers.add(self.routing.fileno(), self._call)
         owned = _owned(wanted.layout, desired.ruleset)
         snapshot = backend.read(self.namespace, owned)
         again = not believe and bool(backend.encode(snapshot, desired.ruleset))
@@ -144,7 +227,13 @@ class Held:
         if snapshot.ruleset is not proven.ruleset and snapshot.ruleset != proven.ruleset:
             return False
         self.generation = max(self.generation, int(getattr(snapshot, "generation", 0)))
-        return True
+        return all(self._is_set(name, value) for name, value in proven.desired.routing.sysctls)
+
+    def _is_set(self, name: str, value: str) -> bool:
+        try:
+            return read_sysctl(self.namespace, name).split() == value.split()
+        except KernelError:
+            return False
 
     def stands(self) -> bool:
         """Whether anything of ours stands here."""
@@ -160,15 +249,12 @@ class Held:
         """Our live rules with their counters. Raises NetapplyError."""
         return core.show(self.namespace, layout=layout, journal=self._journal)
 
-    def listens(self, ports: frozenset[int]) -> bool:
-        """Whether somebody listens on all of these TCP ports. Raises OSError."""
-        return ports <= listening_ports(self.namespace)
-
     def close(self) -> None:
         """Let go of the namespace, which keeps its rules. Idempotent."""
-        self.rules.close()
-        if self.routing is not None:
-            self.routing.close()
+        for monitor in (self.rules, self.routing):
+            if monitor is not None and monitor.fileno() >= 0:
+                self._watchers.remove(monitor.fileno())
+                monitor.close()
         with suppress(OSError):
             self.namespace.close()
 

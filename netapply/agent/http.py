@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import array
 import asyncio
+import http
 import os
 import select
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from typing import Protocol
 
@@ -29,13 +30,14 @@ _CLOEXEC = socket.MSG_CMSG_CLOEXEC
 
 
 class Deadlines(NamedTuple):
-    """Seconds: for the first byte of a request, its head, its body, the work, and each piece of the answer."""
+    """Seconds: for the first byte of a request, its head, its body, the work, each piece of the answer, and the end."""
 
     idle: float = 30.0
     head: float = 5.0
     body: float = 15.0
     work: float = 120.0
     write: float = 10.0
+    linger: float = 1.0
 
 
 class Request(NamedTuple):
@@ -56,7 +58,7 @@ class Response(NamedTuple):
     body: bytes = b""
     kind: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
-    stream: AsyncIterator[bytes] | None = None
+    stream: AsyncGenerator[bytes, None] | None = None
 
 
 class Admitted(NamedTuple):
@@ -162,36 +164,51 @@ class _Connection:
     async def run(self) -> None:
         while True:
             try:
-                ended = await self._exchange()
+                await self._exchange()
             except h11.RemoteProtocolError as error:
-                await self._answer(self._application.fault(error.error_status_hint, str(error)))
-                return
+                await self._refuse(self._application.fault(error.error_status_hint, str(error)))
             self._drop_descriptors()
-            if ended or self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+            if self._http.our_state is h11.MUST_CLOSE:
+                await self._linger()
+            if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                 return
             self._http.start_next_cycle()
 
-    async def _exchange(self) -> bool:
-        """One request and its answer; whether it was the last."""
+    async def _refuse(self, response: Response) -> None:
+        """Answer, and end the connection: what may still come is not wanted."""
+        await self._answer(response._replace(headers=(*response.headers, ("connection", "close"))))
+
+    async def _linger(self) -> None:
+        """Read away what more is sent for a moment: with that in its queue a closed socket takes our answer along."""
+        with suppress(OSError, TimeoutError):
+            self._sock.shutdown(socket.SHUT_WR)
+            async with asyncio.timeout(self._deadlines.linger):
+                while await self._loop.sock_recv(self._sock, _PIECE):
+                    pass
+
+    async def _exchange(self) -> None:
+        """One request and its answer."""
         head = await self._head()
         if head is None:
-            return True
+            return
         method, target = head.method.decode("ascii"), head.target.decode("ascii")
+        headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
+        announced = int(headers.get("content-length", "0"))  # h11 has seen that it is a number
         admitted = self._application.admit(self._peer, method, target)
         if isinstance(admitted, Response):
-            await self._answer(admitted)
-            return True
-        body = await self._body(admitted.largest_body)
+            if announced or "transfer-encoding" in headers:
+                await self._refuse(admitted)
+            elif await self._body(0) is not None:
+                await self._answer(admitted)
+            return
+        body = None if announced > admitted.largest_body else await self._body(admitted.largest_body)
         if body is None:
-            await self._answer(self._application.fault(413, f"the body has more than {admitted.largest_body} bytes"))
-            return True
-        if self._descriptors and not admitted.descriptors:
+            await self._refuse(self._application.fault(413, f"the body has more than {admitted.largest_body} bytes"))
+        elif self._descriptors and not admitted.descriptors:
             await self._answer(self._application.fault(400, "no descriptor is taken here"))
-            return True
-        headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
-        request = Request(method, target, headers, body, tuple(self._descriptors), self._peer)
-        await self._answer(await self._work(admitted, request))
-        return False
+        else:
+            request = Request(method, target, headers, body, tuple(self._descriptors), self._peer)
+            await self._answer(await self._work(admitted, request))
 
     # --- in --------------------------------------------------------------------------------------------------
 
@@ -287,17 +304,20 @@ class _Connection:
         headers = [("content-type", response.kind), ("cache-control", "no-store"), *response.headers]
         if response.stream is None:
             headers.append(("content-length", str(len(response.body))))
-        head = self._http.send(h11.Response(status_code=response.status, headers=headers)) or b""
+        head = (
+            self._http.send(h11.Response(status_code=response.status, headers=headers, reason=_phrase(response.status)))
+            or b""
+        )
         if response.stream is None:
             rest = self._http.send(h11.Data(data=response.body)) or b""
             await self._write(head + rest + (self._http.send(h11.EndOfMessage()) or b""))
             return
-        async with aclosing(response.stream) as pieces:  # type: ignore[type-var]  # an async generator, always
+        async with aclosing(response.stream) as pieces:
             await self._write(head)
             await self._pour(pieces)
         await self._send(h11.EndOfMessage())
 
-    async def _pour(self, pieces: AsyncIterator[bytes]) -> None:
+    async def _pour(self, pieces: AsyncGenerator[bytes, None]) -> None:
         watch = asyncio.ensure_future(self._hung_up())
         try:
             while True:
@@ -324,10 +344,14 @@ class _Connection:
                 await self._loop.sock_sendall(self._sock, data)
 
 
+def _phrase(status: int) -> bytes:
+    return http.HTTPStatus(status).phrase.encode()
+
+
 async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
-    ready = loop.create_future()
-    loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+    ready = asyncio.Event()
+    loop.add_reader(sock.fileno(), ready.set)
     try:
-        await ready
+        await ready.wait()
     finally:
         loop.remove_reader(sock.fileno())

@@ -11,8 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from functools import partial
 from typing import Protocol
 
 import structlog
@@ -33,15 +31,16 @@ from netapply.agent.events import (
     Removed,
     Vanished,
 )
-from netapply.agent.held import Brought, Held, Wanted
+from netapply.agent.held import Attended, Brought, Held, Wanted
 from netapply.agent.listening import proxy_ports
 from netapply.agent.model import AgentConfig, NamespaceStatus, State
-from netapply.agent.monitor import Monitor
 from netapply.agent.places import Place
 from netapply.agent.tally import Tally
+from netapply.agent.watchers import Watchers
 from netapply.agent.workers import Workers
 from netapply.errors import LockError, NamespaceError, NetapplyError
 from netapply.journal import Journal
+from netapply.nsfs import NamespaceId
 from netapply.results import Result, RuleCounter
 
 _log = structlog.stdlib.get_logger("netapply.agent")
@@ -56,6 +55,7 @@ class Surroundings(Protocol):
     config: AgentConfig
     journal: Journal
     workers: Workers
+    watchers: Watchers
     tally: Tally
 
     def tell(self, event: Event) -> None:
@@ -66,8 +66,12 @@ class Surroundings(Protocol):
         """The process that named the namespace has ended."""
         ...
 
-    def rival(self, keeper: Keeper, held: Held) -> str:
-        """The name of another keeper that holds the same namespace; "" where there is none."""
+    def claim(self, keeper: Keeper, identity: NamespaceId) -> str:
+        """The name of another keeper that holds this namespace; "" where it is this one's now. From any thread."""
+        ...
+
+    def unclaim(self, keeper: Keeper, identity: NamespaceId) -> None:
+        """It is nobody's any more."""
         ...
 
 
@@ -89,14 +93,17 @@ class Keeper:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._account = Account(around.config.budget)
-        self._causes: list[Cause] = []
         self._due = False  # something is to be looked at
         self._deep = False  # … and not only the rules
         self._suspect = False  # … and first of all whether it is there still
         self._since = 0.0  # the first news that were not answered yet
         self._not_before = 0.0
         self._retry = 0.0
-        self._active = False
+        self._is_new = False
+        self._process = -1  # a pidfd
+        #: Whether a plan that waits for its proxy is in force; None until somebody looked.
+        self._active: bool | None = None
+        self._failure: Exception | None = None
         self._dormant_since = 0.0
         self._open_since = 0.0
         self._open_seconds = 0.0
@@ -111,29 +118,43 @@ class Keeper:
     async def apply(self, wanted: Wanted) -> Result:
         """Make the namespace hold `wanted` and keep it so. Raises NetapplyError; then the wish before stays."""
         stop = threading.Event()
+
+        def work() -> Brought:
+            return self._opened().bring(wanted, count_flows=True, cancelled=stop.is_set)
+
         async with self._turn:
-            held = await self._opened()
             if wanted.plan.activation != "now":
-                self.wanted, self._not_before = wanted, 0.0
-                self._set("pending")
-                await self._attend()
-                self._kick()
-                return Result(self.state == "inplace", held.backend, f"activation on-listen: {self.state}")
-            work = partial(held.bring, wanted, count_flows=True, cancelled=stop.is_set)
-            brought = await self._around.workers.run(work, stop)
-            self._watch(held)
+                return await self._apply_waiting(wanted)
+            try:
+                brought = await self._around.workers.run(work, stop)
+            finally:
+                self._introduce()
             self.wanted = wanted
-            self._account.succeeded()
             self._not_before = 0.0
             self._in_place(brought, "pending")
             self._kick()
             return brought.result
 
+    async def _apply_waiting(self, wanted: Wanted) -> Result:
+        """The same of a plan that waits for its proxy: it is in force, or dormant."""
+        before, self.wanted, self._not_before = self.wanted, wanted, 0.0
+        self._set("pending")
+        self._deep = True
+        await self._attend()
+        self._kick()
+        if self.state in ("failed", "gone"):
+            self.wanted = before
+            raise self._failure or NamespaceError(self._error)
+        backend = self.held.backend if self.held else ""
+        return Result(self.state == "inplace", backend, f"activation on-listen: {self.state}")
+
     async def remove(self) -> Result:
         """Take down what is ours, and keep nothing more. Raises NetapplyError."""
         async with self._turn:
-            held = await self._opened()
-            result = await self._around.workers.run(held.clean)
+            try:
+                result = await self._around.workers.run(lambda: self._opened().clean())
+            finally:
+                self._introduce()
             self.wanted = None
             self._set("pending")
             self._around.tell(Removed(self.place.name, time.time(), result.steps))
@@ -158,12 +179,19 @@ class Keeper:
             await self._attend()
             self._kick()
 
+    async def settled(self) -> None:
+        """Back when what is due by now was tried."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
     async def counters(self) -> tuple[RuleCounter, ...]:
         """Our live rules with their counters. Raises NetapplyError."""
         async with self._turn:
-            held = await self._opened()
             layout = self.wanted.layout if self.wanted else "netapply"
-            return await self._around.workers.run(lambda: held.counters(layout))
+            try:
+                return await self._around.workers.run(lambda: self._opened().counters(layout))
+            finally:
+                self._introduce()
 
     def want(self, wanted: Wanted | None) -> None:
         """From now on the namespace should hold this; None: what a plan file put there goes."""
@@ -225,7 +253,7 @@ class Keeper:
             self.place.name,
             self.place.path,
             self.held.identity if self.held else None,
-            self.state,
+            self.shown,
             wanted.source if wanted else "",
             wanted.fingerprint if wanted else "",
             self.held.backend if self.held else "",
@@ -238,6 +266,11 @@ class Keeper:
             self.labels,
             self.confirm_by,
         )
+
+    @property
+    def shown(self) -> State:
+        """The state, and whether that is being put right."""
+        return "healing" if self.held is not None and self.held.healing else self.state
 
     @property
     def fail_open_seconds(self) -> float:
@@ -258,29 +291,11 @@ class Keeper:
 
     # --- news ------------------------------------------------------------------------------------------------
 
-    def _watch(self, held: Held) -> None:
-        for monitor in (held.rules, held.routing):
-            if monitor is not None and monitor.fileno() >= 0:
-                self._loop.add_reader(monitor.fileno(), self._news, held, monitor)
-
-    def _news(self, held: Held, monitor: Monitor) -> None:
-        if not self._take(held, monitor):
-            return
+    def _news(self) -> None:
+        """The kernel has something to tell of this namespace, or its process has ended."""
         if self.state == "quarantined":
             self._open()
         self.wake()
-
-    def _take(self, held: Held, monitor: Monitor) -> bool:
-        """Read what is there; whether it is a reason to look."""
-        news = monitor.read()
-        tally = self._around.tally
-        tally.notifications += news.messages
-        tally.forged += news.forged
-        tally.overruns += news.overrun
-        causes = [cause for cause in news.causes if cause.generation > held.generation]
-        self._causes = (self._causes + causes)[-16:]
-        self._deep = self._deep or news.routing or news.overrun
-        return bool(causes) or news.routing or news.overrun
 
     # --- work ------------------------------------------------------------------------------------------------
 
@@ -314,83 +329,97 @@ class Keeper:
 
     async def _attend(self) -> None:
         """Do what is due. The turn is ours."""
-        deep, since = self._deep, self._since
+        deep, since = self._deep, self._since or time.monotonic()
+        suspect, self._suspect = self._suspect, False
         self._due = self._deep = False
         self._since = 0.0
-        wanted = self.wanted
-        suspect, self._suspect = self._suspect, False
+        wanted, was, active = self.wanted, self.state, self._active
         if suspect and self.held is not None and not self._is_the_same(self.held):
             self._vanish()
-        try:
-            held = await self._opened()
+        stop = threading.Event()
+        deep = deep or was not in ("inplace", "dormant")
+
+        def work() -> Attended | Result | None:
             if wanted is None:
-                await self._withdraw(held)
-            elif wanted.plan.activation != "now" and not await self._wakes(held, wanted):
-                pass
-            elif deep or self.state != "inplace" or not await self._holds(held):
-                await self._bring(held, wanted, since or time.monotonic())
-            else:
-                self._causes.clear()
+                return self._opened().clean() if was != "pending" else None
+            return self._opened().attend(wanted, deep=deep, active=active, cancelled=stop.is_set)
+
+        try:
+            done = await self._around.workers.run(work, stop)
         except NamespaceError as error:
             self._missing(error)
         except (NetapplyError, OSError) as error:
+            self._introduce()
             self._failed(error)
+        except Exception as error:  # noqa: BLE001 - a fault of ours in one namespace must not end the care for it
+            _log.exception("a fault of the agent's own", namespace=self.place.name)
+            self._failed(error)
+        else:
+            self._introduce()
+            self._done(wanted, was, done, since)
 
-    async def _holds(self, held: Held) -> bool:
-        if all(cause.generation <= held.generation for cause in self._causes) and held.has_news and self._causes:
-            return True  # our own commit's news, or what was seen meanwhile
-        return await self._around.workers.run(held.holds)
+    def _done(self, wanted: Wanted | None, was: State, done: Attended | Result | None, since: float) -> None:
+        """Note and tell what came of it."""
+        if wanted is not self.wanted:
+            self._due = self._deep = True
+        if done is None:
+            return
+        if isinstance(done, Result):
+            self._set("pending")
+            self._around.tell(Removed(self.place.name, time.time(), done.steps))
+            return
+        if wanted is None or not self._is_awake(wanted, was, done):
+            return
+        if done.brought is None:
+            self._set("inplace")
+        elif done.brought.drifted:
+            self._healed(done.brought, since)
+        else:
+            self._in_place(done.brought, was)
 
-    async def _opened(self) -> Held:
+    def _opened(self) -> Held:
+        """The namespace, opened if need be. In a worker thread. Raises NetapplyError."""
         if self.held is not None:
             return self.held
-        config, spec = self._around.config, self.place.spec
-        work = partial(Held.open, spec, self._around.journal, host=config.host, lock_timeout=config.lock_timeout)
+        around, config = self._around, self._around.config
         try:
-            held = await self._around.workers.run(work)
+            held = Held.open(
+                self.place.spec,
+                around.journal,
+                around.watchers,
+                self._news,
+                host=config.host,
+                lock_timeout=config.lock_timeout,
+            )
         except OSError as error:
-            raise NamespaceError(f"{self.place.name} cannot be watched: {error.strerror}") from error
-        rival = self._around.rival(self, held)
+            raise NetapplyError(f"{self.place.name} cannot be watched: {error.strerror}") from error
+        rival = around.claim(self, held.identity)
         if rival:
             held.close()
             raise NetapplyError(f"{self.place.name} is the same namespace as {rival}, which is kept already")
-        self.held, self._retry = held, 0.0
-        self._watch(held)
-        if self.place.process:
-            self._watch_process(self.place.process)
-        self._around.tell(Appeared(self.place.name, time.time(), self.place.path, held.identity.inode))
+        self.held = held
+        self._is_new = True
         return held
 
-    async def _bring(self, held: Held, wanted: Wanted, since: float) -> None:
-        was, known = self.state, held.generation
-        if was == "inplace":
-            self._set("healing")
-        stop = threading.Event()
-        brought = await self._around.workers.run(partial(held.bring, wanted, cancelled=stop.is_set), stop)
-        for monitor in (held.rules, held.routing):
-            if monitor is not None and monitor.fileno() >= 0:
-                self._due |= self._take(held, monitor)  # what the kernel said meanwhile; ours is known already
-        self._watch(held)
-        if wanted is not self.wanted:
-            self._due = self._deep = True
-        if not brought.drifted:
-            self._in_place(brought, was)
-            self._causes.clear()
+    def _introduce(self) -> None:
+        """In the loop, after work that may have opened the namespace: count what was read, and tell of a new one."""
+        held, tally = self.held, self._around.tally
+        if held is None:
             return
-        self._healed(held, brought, self._cause(known, held), since)
-
-    def _cause(self, known: int, held: Held) -> Cause | None:
-        """Who changed what was put right: the last before our own commit."""
-        causes, self._causes = self._causes, []
-        theirs = [cause for cause in causes if known < cause.generation < max(held.generation, known + 2)]
-        self._causes = [cause for cause in causes if cause.generation > held.generation > 0]
-        return theirs[-1] if theirs else None
+        news = held.counted()
+        tally.notifications += news.messages
+        tally.forged += news.forged
+        tally.overruns += news.overrun
+        if self._is_new:
+            self._is_new, self._retry = False, 0.0
+            self._watch_process()
+            self._around.tell(Appeared(self.place.name, time.time(), self.place.path, held.identity.inode))
 
     def _in_place(self, brought: Brought, was: State) -> None:
         wanted, held, result = self.wanted, self.held, brought.result
         if wanted is None or held is None:
             return
-        self._due = self._due or brought.again
+        self._due, self._deep = self._due or brought.again, self._deep or brought.again
         self._account.succeeded()
         self._noted(result)
         if was != "inplace" or result.changed:
@@ -405,8 +434,8 @@ class Keeper:
             self._around.tell(done)
         self._set("inplace")
 
-    def _healed(self, held: Held, brought: Brought, cause: Cause | None, since: float) -> None:
-        now, name, result = time.monotonic(), self.place.name, brought.result
+    def _healed(self, brought: Brought, since: float) -> None:
+        now, name, result, cause = time.monotonic(), self.place.name, brought.result, brought.cause
         seconds = max(0.0, brought.proven - since)
         tally = self._around.tally
         tally.heals[cause.process if cause else ""] += 1
@@ -414,7 +443,7 @@ class Keeper:
         self._heals += 1
         self._last_cause = cause or self._last_cause
         self._last_apply = time.time()
-        self._due = self._due or brought.again
+        self._due, self._deep = self._due or brought.again, self._deep or brought.again
         self._noted(result)
         at = time.time()
         self._around.tell(Drifted(name, at - (now - since), brought.changes, cause))
@@ -432,7 +461,7 @@ class Keeper:
             self._set("quarantined")
             self._due = self._deep = True
             _log.warning("quarantined", namespace=name, seconds=rest, reason=reason + who)
-        elif held.backend == "iptables-nft":
+        elif result.backend == "iptables-nft":
             self._not_before = now + self._around.config.settle
 
     def _noted(self, result: Result) -> None:
@@ -441,38 +470,26 @@ class Keeper:
                 self._around.tally.recoveries += 1
                 self._around.tell(Recovered(self.place.name, time.time(), note))
 
-    async def _withdraw(self, held: Held) -> None:
-        if self.state == "pending":
-            return
-        result = await self._around.workers.run(held.clean)
-        self._set("pending")
-        self._around.tell(Removed(self.place.name, time.time(), result.steps))
-
-    async def _wakes(self, held: Held, wanted: Wanted) -> bool:
-        """Whether capture is to be up now; if not, it is down when this returns."""
-        ports = proxy_ports(wanted.plan)
-        listens = await self._around.workers.run(lambda: held.listens(ports))
-        if self.state == "pending" and not self._active:
-            self._active = await self._around.workers.run(held.stands)  # from before we began
-        now = time.monotonic()
-        if listens or (self._active and wanted.fail == "closed"):
-            if listens and self.state == "dormant":
-                seconds = now - self._dormant_since
-                self._around.tell(Listening(self.place.name, time.time(), wanted.plan.proxy.outbound_port, seconds))
-            self._active = True
-            if wanted.fail == "open":
-                self._wake_in(self._around.config.poll)
+    def _is_awake(self, wanted: Wanted, was: State, done: Attended) -> bool:
+        """Note whether the proxy listens, where the plan waits for that; whether capture is up."""
+        if done.listens is None:
             return True
-        if self._active or self.state == "pending":
-            await self._around.workers.run(held.clean)
-        if self.state != "dormant":
+        now, name, poll = time.monotonic(), self.place.name, self._around.config.poll
+        self._active = done.up
+        if done.up:
+            if done.listens and self._dormant_since:
+                seconds, self._dormant_since = now - self._dormant_since, 0.0
+                self._around.tell(Listening(name, time.time(), wanted.plan.proxy.outbound_port, seconds))
+            if wanted.fail == "open":
+                self._wake_in(poll)
+            return True
+        if was != "dormant":
             self._dormant_since = now
-            missing = ", ".join(map(str, sorted(ports)))
-            self._around.tell(Dormant(self.place.name, time.time(), f"nobody listens on all of {missing}"))
-        self._active = False
+            missing = ", ".join(map(str, sorted(proxy_ports(wanted.plan))))
+            self._around.tell(Dormant(name, time.time(), f"nobody listens on all of {missing}"))
         self._set("dormant")
         # Who has just begun to wait is looked at often, and less and less.
-        self._wake_in(min(max(0.02, (now - self._dormant_since) / 50), self._around.config.poll))
+        self._wake_in(min(max(0.02, (now - self._dormant_since) / 50), poll))
         return False
 
     # --- what can go wrong -----------------------------------------------------------------------------------
@@ -483,7 +500,7 @@ class Keeper:
         self._not_before = now + wait
         self._due = self._deep = True
         self._wake_in(wait)
-        self._error = str(error)
+        self._error, self._failure = str(error), error
         tally = self._around.tally
         tally.failures += 1
         tally.lock_failures += isinstance(error, LockError)
@@ -508,37 +525,38 @@ class Keeper:
         self._let_go()
         if held is not None:
             self._around.tell(Vanished(self.place.name, time.time()))
-        self._active = False
-        self._causes.clear()
+        self._active = None
         self._set("gone")
 
     def _let_go(self) -> None:
         held, self.held = self.held, None
-        if held is None:
-            return
-        for monitor in (held.rules, held.routing):
-            if monitor is not None and monitor.fileno() >= 0:
-                self._loop.remove_reader(monitor.fileno())
-        held.close()
+        self._is_new = False
+        if self._process >= 0:
+            self._around.watchers.remove(self._process)
+            os.close(self._process)
+            self._process = -1
+        if held is not None:
+            self._around.unclaim(self, held.identity)
+            held.close()
 
-    def _watch_process(self, pid: int) -> None:
+    def _watch_process(self) -> None:
         """Let go of the namespace when the process that names it ends."""
-        with suppress(OSError):
-            fd = os.pidfd_open(pid)
-            self._loop.add_reader(fd, self._ended, fd)
+        if self.place.process:
+            try:
+                self._process = os.pidfd_open(self.place.process)
+            except OSError:
+                self._ended()
+            else:
+                self._around.watchers.add(self._process, self._ended)
 
-    def _ended(self, fd: int) -> None:
-        self._loop.remove_reader(fd)
-        os.close(fd)
-        if not self._closed:
-            self._vanish()
-            self._around.ended(self)
+    def _ended(self) -> None:
+        self._around.ended(self)
 
     # --- state -----------------------------------------------------------------------------------------------
 
     def _set(self, state: State) -> None:
         self.state = state
-        if state in ("inplace", "healing"):
+        if state == "inplace":
             self._account_open(time.monotonic())
             self._error = ""
         elif state in ("dormant", "failed"):

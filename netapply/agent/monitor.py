@@ -6,6 +6,7 @@ others to our socket, and these are counted and dropped.
 
 from __future__ import annotations
 
+import errno
 import struct
 from sys import byteorder
 
@@ -29,6 +30,8 @@ _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter
 _PROGRAM = struct.Struct("HP")  # struct sock_fprog
 _DATAGRAM = 1 << 15
+#: Causes that are told of one look: the last ones matter.
+_KEPT = 16
 
 
 class News(NamedTuple):
@@ -39,6 +42,16 @@ class News(NamedTuple):
     overrun: bool = False
     messages: int = 0
     forged: int = 0
+
+    def and_also(self, other: News) -> News:
+        """Both together."""
+        return News(
+            (self.causes + other.causes)[-_KEPT:],
+            self.routing or other.routing,
+            self.overrun or other.overrun,
+            self.messages + other.messages,
+            self.forged + other.forged,
+        )
 
 
 class Monitor:
@@ -61,16 +74,18 @@ class Monitor:
                 data, sender = self._socket.recvfrom(_DATAGRAM, _MSG_DONTWAIT)
             except BlockingIOError:
                 break
-            except OSError:  # ENOBUFS: more happened than there was room for
+            except OSError as error:
                 overrun = True
-                continue
+                if error.errno == errno.ENOBUFS:  # more happened than there was room for; what there was is there
+                    continue
+                break
             if sender[0]:
                 forged += 1
                 continue
             messages += 1
             if not self._routing and (cause := _cause(data)):
                 causes.append(cause)
-        return News(tuple(causes), self._routing and messages > 0, overrun, messages, forged)
+        return News(tuple(causes[-_KEPT:]), self._routing and messages > 0, overrun, messages, forged)
 
     def close(self) -> None:
         """No more news. A netfilter socket is closed a moment later, as close(2) would wait for RCU."""

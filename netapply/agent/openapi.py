@@ -52,7 +52,7 @@ def description() -> dict[str, Any]:
 
 
 def _operation(endpoint: Endpoint, made: dict[str, Any]) -> dict[str, Any]:
-    parameters = [
+    parameters: list[dict[str, Any]] = [
         {"name": each.name, "in": "query", "description": each.says, "schema": dict(each.schema)}
         for each in endpoint.query
     ]
@@ -84,8 +84,8 @@ def _answer(answer: Any, made: dict[str, Any]) -> dict[str, Any]:
         if answer == JSON_LINES:
             schema = {"$ref": "#/components/schemas/Event"}
         return {"description": "As the media type says.", "content": {answer: {"schema": schema}}}
-    hints = answer if isinstance(answer, Mapping) else get_type_hints(answer)
-    properties = {
+    hints: Mapping[str, Any] = get_type_hints(answer) if isinstance(answer, type) else answer
+    properties: dict[str, Any] = {
         "version": {"const": RESULT_VERSION},
         "command": {"type": "string"},
         "ok": {"const": True},

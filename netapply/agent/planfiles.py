@@ -18,7 +18,7 @@ import fnmatch
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from netapply.agent.held import Wanted
 from netapply.backend import BUILT_IN
@@ -72,7 +72,7 @@ def parse_plan_file(path: str, document: Any) -> PlanFile:
     """The same of a document. Raises PlanError."""
     if not isinstance(document, dict):
         raise PlanError((Fault(path, "not a mapping", "a plan file begins with apiVersion: netapply/v1"),))
-    rest = {str(key): value for key, value in document.items()}
+    rest: dict[str, Any] = {str(key): value for key, value in cast("dict[Any, Any]", document).items()}
     faults: list[Fault] = []
     selectors = _selectors(rest.pop("namespaces", None), faults)
     chosen = {key: _choice(key, rest.pop(key, words[0]), faults) for key, words in _CHOICES.items()}
@@ -99,11 +99,11 @@ def dump_plan_file(file: PlanFile) -> dict[str, Any]:
 
 
 def _selectors(raw: Any, faults: list[Fault]) -> tuple[Selector, ...]:
-    if not isinstance(raw, list) or not raw or len(raw) > MANY:
+    if not isinstance(raw, list) or not 0 < len(cast("list[Any]", raw)) <= MANY:
         faults.append(Fault("namespaces", _shown(raw), f"a list of 1 to {MANY} entries, each {_SELECTOR}"))
         return ()
     found: list[Selector] = []
-    for index, entry in enumerate(raw):
+    for index, entry in enumerate(cast("list[Any]", raw)):
         selector = _selector(entry)
         if selector is None:
             faults.append(Fault(f"namespaces[{index}]", _shown(entry), _SELECTOR))
@@ -113,11 +113,12 @@ def _selectors(raw: Any, faults: list[Fault]) -> tuple[Selector, ...]:
 
 
 def _selector(entry: Any) -> Selector | None:
-    if not isinstance(entry, dict) or len(entry) != 1:
+    items = list(cast("dict[Any, Any]", entry).items()) if isinstance(entry, dict) else []
+    if len(items) != 1:
         return None
-    key, value = next(iter(entry.items()))
+    key, value = items[0]
     if key == "label" and isinstance(value, dict):
-        value = ",".join(f"{name}={text}" for name, text in value.items())
+        value = ",".join(f"{name}={text}" for name, text in cast("dict[Any, Any]", value).items())
     if key not in SELECTORS or not isinstance(value, str) or not value or "\0" in value:
         return None
     if key == "label" and not all(part.partition("=")[0] and "=" in part for part in value.split(",")):

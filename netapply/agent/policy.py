@@ -6,14 +6,17 @@ import socket
 import struct
 import time
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from typing import Literal, TypeAlias
 
+from netapply.syscalls import getsockopt
 from netapply.values import NamedTuple
 
 Verb: TypeAlias = Literal["read", "change"]
 
 _SO_PEERGROUPS = 59  # asm-generic/socket.h, since Linux 4.13
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
+_FEW_GROUPS, _MOST_GROUPS = 64, 65_536  # the latter is NGROUPS_MAX of linux/limits.h
 _REMEMBERED = 4096
 
 
@@ -34,11 +37,15 @@ def peer_of(sock: socket.socket) -> Peer:
     if sock.family != socket.AF_UNIX:
         return NOBODY
     pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 1024)
-    except OSError:  # an older kernel, or somebody in more groups than anybody
-        raw = b""
-    return Peer(pid, uid, gid, frozenset(group for (group,) in struct.iter_unpack("=I", raw)))
+    return Peer(pid, uid, gid, _groups_of(sock))
+
+
+def _groups_of(sock: socket.socket) -> frozenset[int]:
+    for size in (_FEW_GROUPS, _MOST_GROUPS):
+        with suppress(OSError):  # there are more, or the kernel is older
+            raw = getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, bytes(4 * size))
+            return frozenset(group for (group,) in struct.iter_unpack("=I", raw))
+    return frozenset()
 
 
 class Policy(NamedTuple):
@@ -60,7 +67,7 @@ class Policy(NamedTuple):
             if self.read_only:
                 return "this socket is for reading"
             return "" if trusted else f"only root and uid {self.owner} may change anything, not uid {peer.uid}"
-        if trusted or self.anybody or self.readers in (peer.groups | {peer.gid}):
+        if trusted or self.anybody or (self.readers >= 0 and self.readers in (peer.groups | {peer.gid})):
             return ""
         return f"uid {peer.uid} is not in the group that may read"
 

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from netapply.agent.model import Histogram, Metrics, NamespaceStatus
 from netapply.errors import NetapplyError
@@ -16,6 +16,8 @@ from netapply.values import NamedTuple
 #: Processes may call themselves what they like, as often as they like: so many names get a series of their own.
 MOST_PROCESSES = 64
 OTHERS = "others"
+
+Labels: TypeAlias = Mapping[str, str]
 
 _index = re.compile(r"\[\d+\]")
 
@@ -134,12 +136,11 @@ def _decisions(totals: Mapping[str, Count]) -> Iterator[str]:
     yield from _family("decision_bytes_total", "counter", said, [({"path": p}, count.bytes) for p, count in paths])
 
 
-def _family(
-    name: str, kind: str, said: str, samples: float | Iterable[tuple[Mapping[str, str], float]]
-) -> Iterator[str]:
+def _family(name: str, kind: str, said: str, samples: float | Iterable[tuple[Labels, float]]) -> Iterator[str]:
     yield f"# HELP netapply_{name} {said}"
     yield f"# TYPE netapply_{name} {kind}"
-    for labels, value in [({}, samples)] if isinstance(samples, (int, float)) else samples:
+    alone: Labels = {}
+    for labels, value in [(alone, samples)] if isinstance(samples, (int, float)) else samples:
         yield f"netapply_{name}{_labels(labels)} {value}"
 
 
@@ -166,7 +167,7 @@ def _processes(heals: Mapping[str, int]) -> Iterator[tuple[str, int]]:
         yield OTHERS, rest
 
 
-def _labels(labels: Mapping[str, str]) -> str:
+def _labels(labels: Labels) -> str:
     if not labels:
         return ""
     return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"

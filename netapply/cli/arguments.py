@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from netapply.cli import words
+from netapply.cli import client, words
 from netapply.cli.words import BACKENDS, LAYOUTS
 from netapply.errors import NetapplyError
 
 SUMMARY = {
     "apply": "make a namespace hold a plan, or leave it as it was",
     "clean": "remove all that is ours, in every dialect, without a plan",
+    "recover": "finish or undo what a killed run left, as any other command does first",
     "render": "print the rules as iptables-save or nft would; touches nothing",
     "diff": "what apply would change in the live kernel (exit 0 nothing, 2 changes)",
     "verify": "whether the kernel still holds what was applied (exit 0 yes, 3 drift)",
@@ -21,6 +22,11 @@ SUMMARY = {
     "schema": "the JSON Schema of plan files",
     "import": "print another tool's settings as a plan file, each line with what it comes from; touches nothing",
     "istio": "flags and variables of istio-iptables, or a pod as istio-cni reads it",
+    "agent": "hold plans in force in every namespace of this machine, as a service",
+    "status": "what the agent keeps, at a glance (exit 0 all in force, 3 some not)",
+    "watch": "what the agent does, as it happens: drift, who caused it, how soon it was healed",
+    "top": "live counters of what the plans decide",
+    "confirm": "keep what apply --confirm put on trial",
     "demo": "send real packets through a plan in throwaway namespaces, in each dialect",
     "conform": "does a backend mean what the plan says: the conformance suite, by packets in throwaway namespaces",
     "completion": "print a completion script for a shell",
@@ -60,6 +66,10 @@ def build_parser(*, lean: bool = False) -> argparse.ArgumentParser:
     words.namespace(detect)
     words.layout(detect)
     _command(commands, "schema")
+    _agent(_command(commands, "agent"))
+    for name in ("status", "watch", "top"):
+        _looks(_command(commands, name))
+    words.namespace(_command(commands, "confirm"))
     _imports(commands.add_parser("import", help=SUMMARY["import"], description=SUMMARY["import"]))
     demo = _command(commands, "demo")
     demo.add_argument("--backend", action="append", choices=BACKENDS[1:], help="only this dialect; may be repeated")
@@ -106,6 +116,28 @@ def _conform(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="run the cases in an order that N repeats")
     parser.add_argument("-k", dest="pattern", default="", metavar="PATTERN", help="only cases of this name or glob")
     parser.add_argument("--list", action="store_true", dest="only_list", help="print the cases, and run nothing")
+
+
+def _agent(parser: argparse.ArgumentParser) -> None:
+    """The defaults are those of netapply.agent.AgentConfig."""
+    add = parser.add_argument
+    add("--plans", default="/etc/netapply/plans.d", metavar="DIR", help='plan files, watched; "" for none')
+    add("--state", default="/var/lib/netapply", metavar="DIR", help='what was asked for, kept; "" for nowhere')
+    add("--journal", metavar="DIR", help="where the journal is; default /run/netapply")
+    add("--socket", default=client.CONTROL, metavar="PATH", help="for everything")
+    add("--read-socket", default=client.READ, metavar="PATH", help='for reading alone; "" for none')
+    add("--read-group", default="", metavar="GROUP", help="whose members may read; root alone by default")
+    add("--metrics", default="", metavar="ADDRESS:PORT", help="for Prometheus, on loopback; off by default")
+    add("--host", action="store_true", help="allow the machine's own namespace")
+    add("--poll", type=words.seconds, default=1.0, metavar="SECONDS", help="looks where the kernel tells nothing")
+    add("--concurrency", type=int, default=0, metavar="N", help="worker threads; as many as serve by default")
+    add("--lock-timeout", type=words.seconds, default=10.0, metavar="SECONDS", help="default 10")
+    add("--log", choices=("auto", "json", "text"), default="auto", help="text on a terminal, else JSON")
+
+
+def _looks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-N", "--netns", metavar="NS", help="only this namespace, by the name that status shows")
+    parser.add_argument("--socket", metavar="PATH", help="the agent's; its usual places by default")
 
 
 def _explain(parser: argparse.ArgumentParser) -> None:

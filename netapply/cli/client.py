@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from sys import byteorder
 from collections.abc import Iterator
+from sys import byteorder
 from typing import Any
 
 from netapply.errors import NetapplyError
+from netapply.fields import is_mapping
 from netapply.jsonform import error_of
 from netapply.sockets import socket
 
@@ -136,7 +137,7 @@ def _document(data: bytes, path: str) -> dict[str, Any]:
 
 
 def _checked(answer: Any) -> dict[str, Any]:
-    if not isinstance(answer, dict):
+    if not is_mapping(answer):
         raise NetapplyError("what answers is no agent")
     if answer.get("ok") is False:
         raise error_of(answer["error"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from netapply.api import Capture, open_capture
 from netapply.cli.output import Printer, print_result
 from netapply.cli.words import Arguments
+from netapply.errors import NetapplyError
 from netapply.results import Diff
+
+if TYPE_CHECKING:
+    from netapply.cli.client import Client
 
 CHANGES, DRIFT = 2, 3
 
@@ -30,8 +35,17 @@ def apply(arguments: Arguments, printer: Printer) -> int:
 
     loaded = examine_plan(read_source(arguments.plan), format=format_of(arguments.plan), source=arguments.plan)
     plan, warnings = loaded.plan, lint(*loaded)
-    with open_named(arguments) as capture:
-        result = capture.apply(plan, backend=arguments.backend, layout=arguments.layout, fingerprint=fingerprint(plan))
+    agent = _agent(arguments)
+    if agent is not None:
+        from netapply.cli import delegation
+
+        result = delegation.apply(agent, arguments, plan)
+    elif arguments.confirm:
+        raise _nobody("nobody would go back: apply --confirm needs the agent, which does not run")
+    else:
+        mark = fingerprint(plan)
+        with open_named(arguments) as capture:
+            result = capture.apply(plan, backend=arguments.backend, layout=arguments.layout, fingerprint=mark)
     if printer.json:
         printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings]})
         return 0
@@ -44,10 +58,61 @@ def apply(arguments: Arguments, printer: Printer) -> int:
 
 def clean(arguments: Arguments, printer: Printer) -> int:
     """Remove all that is ours."""
-    with open_named(arguments) as capture:
-        result = capture.clean(backend=arguments.backend, layout=arguments.layout)
+    agent, result = _agent(arguments), None
+    if agent is not None:
+        from netapply.cli import delegation
+
+        result = delegation.clean(agent, arguments)
+    if result is None:
+        with open_named(arguments) as capture:
+            result = capture.clean(backend=arguments.backend, layout=arguments.layout)
     if printer.json:
         printer.document("clean", result._asdict())
+    else:
+        print_result(result, printer)
+    return 0
+
+
+def confirm(arguments: Arguments, printer: Printer) -> int:
+    """Keep what is on trial."""
+    agent = _agent(arguments)
+    if agent is None:
+        raise _nobody("nothing is on trial: the agent does not run")
+    from netapply.cli import delegation
+
+    delegation.confirm(agent, arguments)
+    if printer.json:
+        printer.document("confirm", {})
+    else:
+        printer.line("confirmed")
+    return 0
+
+
+def _nobody(message: str) -> NetapplyError:
+    return NetapplyError(message, next_step="start it: netapply agent")
+
+
+def _agent(arguments: Arguments) -> Client | None:
+    """The agent, where one keeps this machine's namespaces; another journal than its own is none of its business."""
+    path = os.environ.get("NETAPPLY_AGENT")
+    if path is None:
+        elsewhere = arguments.state_dir or os.environ.get("NETAPPLY_STATE_DIR")
+        path = "" if elsewhere else "/run/netapply-agent/control.sock"
+    if not path or getattr(arguments, "alone", False) or not os.path.exists(path):
+        return None
+    from netapply.cli.delegation import find_agent
+
+    return find_agent(path)
+
+
+def recover(arguments: Arguments, printer: Printer) -> int:
+    """Finish or undo an interrupted run."""
+    from netapply.recovery import recover as recovered
+
+    with open_named(arguments) as capture:
+        result = recovered(capture.namespace, journal=capture.journal)
+    if printer.json:
+        printer.document("recover", result._asdict())
     else:
         print_result(result, printer)
     return 0
@@ -180,6 +245,34 @@ def import_settings(arguments: Arguments, printer: Printer) -> int:
     return imports.import_settings(arguments, printer)
 
 
+def agent(arguments: Arguments, printer: Printer) -> int:
+    """Run the agent."""
+    from netapply.cli.service import run_agent
+
+    return run_agent(arguments, printer)
+
+
+def status(arguments: Arguments, printer: Printer) -> int:
+    """Print what the agent keeps."""
+    from netapply.cli import watching
+
+    return watching.status(arguments, printer)
+
+
+def watch(arguments: Arguments, printer: Printer) -> int:
+    """Print what the agent does."""
+    from netapply.cli import watching
+
+    return watching.watch(arguments, printer)
+
+
+def top(arguments: Arguments, printer: Printer) -> int:
+    """Show live counters."""
+    from netapply.cli.top import run_top
+
+    return run_top(arguments, printer)
+
+
 def demo(arguments: Arguments, printer: Printer) -> int:
     """Send real packets."""
     from netapply.cli.demo import Mode, run_demo
@@ -215,6 +308,7 @@ def completion(arguments: Arguments, printer: Printer) -> int:
 COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "apply": apply,
     "clean": clean,
+    "recover": recover,
     "render": render,
     "diff": diff,
     "verify": verify,
@@ -223,6 +317,11 @@ COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "detect": detect,
     "schema": schema,
     "import": import_settings,
+    "agent": agent,
+    "status": status,
+    "watch": watch,
+    "top": top,
+    "confirm": confirm,
     "demo": demo,
     "conform": conform,
     "completion": completion,

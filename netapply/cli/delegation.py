@@ -80,8 +80,13 @@ def _named(arguments: Arguments) -> Generator[tuple[str, int, NamespaceId]]:
     with Namespace.open(spec, host=arguments.host, lock_timeout=arguments.lock_timeout) as namespace:
         source = open_source(spec)
         try:
-            named = spec is not None and not spec.startswith("fd:")
-            name = os.path.abspath(spec) if named and "/" in spec else spec
-            yield (client.quoted(name) if named else "fd"), source.fd, namespace.identity
+            yield _name(spec), source.fd, namespace.identity
         finally:
             os.close(source.fd)
+
+
+def _name(spec: str | None) -> str:
+    """What the agent knows as the same; where there is no such name, the descriptor is all."""
+    if spec is None or spec.startswith("fd:"):
+        return "fd"
+    return client.quoted(os.path.abspath(spec) if "/" in spec else spec)

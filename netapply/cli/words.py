@@ -36,11 +36,20 @@ def _apply(parser: Takes) -> None:
     namespace(parser)
     backend(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing when all is well")
+    parser.add_argument(
+        "--confirm", type=seconds, default=0.0, metavar="SECONDS", help="go back unless netapply confirm comes in time"
+    )
+    alone(parser)
 
 
 def _clean(parser: Takes) -> None:
     namespace(parser)
     backend(parser)
+    alone(parser)
+
+
+def _recover(parser: Takes) -> None:
+    namespace(parser)
 
 
 def _render(parser: Takes) -> None:
@@ -71,6 +80,7 @@ def _show(parser: Takes) -> None:
 COMMANDS: Mapping[str, Callable[[Takes], None]] = {
     "apply": _apply,
     "clean": _clean,
+    "recover": _recover,
     "render": _render,
     "diff": _diff,
     "verify": _verify,
@@ -95,6 +105,11 @@ def namespace(parser: Takes) -> None:
     parser.add_argument("--host", action="store_true", help="allow the machine's own namespace")
     parser.add_argument("--lock-timeout", type=seconds, default=10.0, metavar="SECONDS", help="default 10")
     parser.add_argument("--state-dir", metavar="DIR", help="where the journal is; default /run/netapply")
+
+
+def alone(parser: Takes) -> None:
+    """Not through the agent."""
+    parser.add_argument("--alone", action="store_true", help="do not go through the agent, though one runs")
 
 
 def backend(parser: Takes, default: str = "auto", choices: tuple[str, ...] = BACKENDS) -> None:

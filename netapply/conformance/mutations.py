@@ -312,7 +312,9 @@ _ORDER: dict[str, OnRules] = {
     "hook output has no marks": _built_in("output", ("route",), _empty),
     "hook output has no zones": _built_in("output", ("filter",), _empty),
     "our first rules stand last": _chains(lambda _, c: c._replace(head=(), rules=c.head + c.rules)),
-    "our last rules stand first": _chains(lambda _, c: c._replace(head=c.head + c.rules, rules=()) if c.base else c),
+    "our last rules stand first": _chains(
+        lambda t, c: c._replace(head=c.head + c.rules, rules=()) if c.base and t.family != "inet" else c
+    ),
     "zones are set after tracking": _later(("filter", "raw"), "output", 200),
     "zones of what comes in are set after tracking": _later(("filter", "raw"), "prerouting", 200),
     "invalid is looked at before tracking": _later(("filter", "mangle"), "prerouting", -130),

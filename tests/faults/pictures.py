@@ -21,6 +21,8 @@ _NFT, _IPSET = 10 << 8, 6 << 8
 #: linux/netfilter/nf_tables.h: what is asked for, the attributes that name it, and those that age.
 _TABLE, _CHAIN, _RULE, _SET, _ELEMENT = 1, 4, 7, 10, 13
 _AGES = {_TABLE: {3, 4}, _CHAIN: {2, 6, 8, 11}, _RULE: {3, 6}, _SET: {10, 16}}
+_WORDS = {_TABLE: "table", _CHAIN: "chain", _SET: "set"}
+_NAME = {_CHAIN: 3, _SET: 2}
 _HANDLE = {_TABLE: 4, _CHAIN: 2, _RULE: 3, _SET: 16}
 #: struct ipt_entry, struct ip6t_entry: the place of target_offset, and of the counters.
 _PLACES = {"ip": (88, 96), "ip6": (140, 152)}
@@ -72,6 +74,15 @@ def lost(before: Picture, now: Picture, *, counters: bool = True) -> list[str]:
     return gone
 
 
+def zeroed(before: Picture, now: Picture) -> bool:
+    """Whether a rule of iptables-legacy counted more before than now."""
+    return any(
+        not {rule[:16] for rule in rules if key[0] == "legacy" and any(rule[:16])}
+        <= {rule[:16] for rule in now.exact.get(key, ())}
+        for key, rules in before.exact.items()
+    )
+
+
 def difference(one: Picture, other: Picture) -> str:
     """The keys in which two states differ."""
     keys = {*one.state, *other.state}
@@ -92,11 +103,8 @@ def _nftables(namespace: Namespace, state: dict[Key, object], exact: dict[Key, t
                 rules.setdefault(key, []).append(_without_set_index(kept))
                 raw.setdefault(key, []).append(handle + kept)
                 continue
-            key = {
-                _TABLE: ("table", family, table),
-                _CHAIN: ("chain", family, table, _text(attributes.get(3, b""))),
-                _SET: ("set", family, table, _text(attributes.get(2, b""))),
-            }[kind]
+            named = _NAME.get(kind)
+            key = (_WORDS[kind], family, table, *([_text(attributes[named])] if named else []))
             state[key] = kept
             exact[key] = (handle + kept,)
             if kind == _SET:

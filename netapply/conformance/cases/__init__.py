@@ -11,9 +11,9 @@ from netapply.conformance.case import LEVELS, Case, Level
 @cache
 def all_cases() -> tuple[Case, ...]:
     """Every case, in a fixed order. Names are unique."""
-    from netapply.conformance.cases import changes, dns, families, inbound, layouts, lists, outbound
+    from netapply.conformance.cases import changes, dns, families, inbound, layouts, lists, outbound, proven
 
-    tables = (outbound, inbound, dns, families, lists, layouts, changes)
+    tables = (outbound, inbound, dns, families, lists, layouts, changes, proven)
     return tuple(case for table in tables for case in table.CASES)
 
 

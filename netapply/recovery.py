@@ -1,0 +1,61 @@
+"""What an interrupted run left, finished or undone: by every command before anything else, and by `netapply recover`.
+
+The journal says what was and what should be (`netapply.journal`), the kernel what is. If it is what should be, the run
+is finished; otherwise it goes back to what was. Both are safe to be interrupted in turn: the journal says "pending"
+until the read-back has agreed.
+"""
+
+from __future__ import annotations
+
+from netapply.backend import find_backend
+from netapply.errors import JournalError, NetapplyError
+from netapply.journal import Entry, Files, Journal
+from netapply.namespace import Namespace
+from netapply.ownership import NOTHING, ownership
+from netapply.results import Result
+from netapply.transaction import Transaction
+
+
+def recover(namespace: Namespace, *, journal: Journal | None = None) -> Result:
+    """Finish or undo what was interrupted here, and nothing else; `notes` say which. Raises NetapplyError."""
+    files = (journal or Journal()).acquire(namespace.identity, namespace.lock_timeout, namespace.memory)
+    try:
+        entry = _load(files)
+        if entry is None or not entry.pending:
+            return Result(False, entry.backend if entry else "", "nothing was interrupted here")
+        said = _transaction(namespace, entry, files).restore(entry)
+    finally:
+        files.close()
+    return Result(said.startswith("undone"), entry.backend, f"an interrupted run was {said}")
+
+
+def resolve(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[str, ...]]:
+    """The same before another command: the journal's entry, and what there is to say. It raises nothing of its own."""
+    try:
+        entry = files.load()
+    except JournalError as error:
+        return None, (f"{error}; it was set aside as {files.set_aside()}",)
+    if entry is None or not entry.pending:
+        return entry, ()
+    try:
+        said = _transaction(namespace, entry, files).restore(entry)
+    except NetapplyError as error:
+        # Whoever comes next brings the namespace to a state of its own, from wherever it is.
+        return entry, (f"an interrupted run could not be undone ({error})",)
+    return files.load(), (f"an interrupted run was {said}",)
+
+
+def _load(files: Files) -> Entry | None:
+    try:
+        return files.load()
+    except JournalError as error:
+        aside = files.set_aside()
+        raise JournalError(
+            f"{error}; it was set aside as {aside}, and what it spoke of may stand halfway",
+            next_step="apply the plan, or clean: either brings the namespace to a state of its own from wherever it is",
+        ) from error
+
+
+def _transaction(namespace: Namespace, entry: Entry, files: Files) -> Transaction:
+    owned = ownership("netapply", (entry.before.ruleset, entry.desired.ruleset), NOTHING)
+    return Transaction(namespace, find_backend(entry.backend), owned, files)

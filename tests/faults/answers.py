@@ -1,0 +1,194 @@
+"""Answers of the kernel that are cut short, interrupted or forged, and other writers between a look and a change."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+
+from tests.faults.outcome import Outcome
+from tests.faults.refusals import judge, spread
+from tests.faults.stage import Case, Stage
+from tests.faults.tracing import CALLS, Call, Child, Fault
+
+_HEADER = struct.Struct("=IHHII")
+_DUMP_INTR, _MSG_TRUNC, _BATCH_BEGIN, _SET_REPLACE = 0x10, 0x20, 0x10, 64
+_FLAGS_AT = 48  # struct msghdr on 64-bit machines
+_PIDFD_OPEN, _PIDFD_GETFD = 434, 438
+_SO_PROTOCOL = 38
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Nth(Fault):
+    """The `at`th answer, or from then on each."""
+
+    curious = True
+
+    def __init__(self, stage: Stage, at: int, *, always: bool = False) -> None:
+        self.stage = stage
+        self._left = at
+        self._always = always
+        self.found = 0
+
+    def due(self) -> bool:
+        self.found += 1
+        self._left -= 1
+        if self._left == -1 or (self.hit and self._always):
+            self.hit = True
+            return True
+        return False
+
+
+class Short(_Nth):
+    """Half of the bytes of an answer."""
+
+    def leaving(self, child: Child, call: Call, result: int) -> int | None:
+        if call.number != CALLS["recvmsg"] or result <= 0:
+            return None
+        return result // 2 & ~3 if self.due() else None
+
+
+class Truncated(_Nth):
+    """An answer of which the kernel says that it did not fit."""
+
+    def leaving(self, child: Child, call: Call, result: int) -> int | None:
+        if call.number == CALLS["recvmsg"] and result > 0 and self.due():
+            child.poke(call.arguments[1] + _FLAGS_AT, struct.pack("=i", _MSG_TRUNC))
+        return None
+
+
+class Interrupted(_Nth):
+    """A dump that says of itself that it was interrupted."""
+
+    def leaving(self, child: Child, call: Call, result: int) -> int | None:
+        if call.number != CALLS["recvmsg"] or result < _HEADER.size or not self.due():
+            return None
+        vector = struct.unpack("=Q", child.memory(call.arguments[1] + 16, 8))[0]
+        buffer = struct.unpack("=Q", child.memory(vector, 8))[0]
+        data, at = bytearray(child.memory(buffer, result)), 0
+        while at + _HEADER.size <= result:
+            length, kind, flags, sequence, port = _HEADER.unpack_from(data, at)
+            if kind != 2:  # an error is not part of a dump
+                _HEADER.pack_into(data, at, length, kind, flags | _DUMP_INTR, sequence, port)
+            at += max((length + 3) & ~3, _HEADER.size)
+        child.poke(buffer, bytes(data))
+        return None
+
+
+class Forged(_Nth):
+    """Another process of the namespace sends messages as if they were the kernel's: an end, and an error."""
+
+    def entering(self, child: Child, call: Call) -> int:
+        if call.number != CALLS["recvmsg"] or not self.due():
+            return 0
+        pidfd = _libc.syscall(_PIDFD_OPEN, child.pid, 0)
+        fd = _libc.syscall(_PIDFD_GETFD, pidfd, int(call.arguments[0]), 0)
+        os.close(pidfd)
+        with socket.socket(fileno=fd) as theirs:
+            port, protocol = theirs.getsockname()[0], theirs.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL)
+        forger = self.stage.namespace.visit(partial(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW, protocol))
+        with forger, suppress(OSError):
+            forger.bind((0, 0))
+            for sequence in range(8):
+                for kind, body in ((3, bytes(4)), (2, struct.pack("=i", -1) + bytes(16))):
+                    forger.sendto(_HEADER.pack(16 + len(body), kind, 0, sequence, 0) + body, (port, 0))
+        return 0
+
+
+class Writer(_Nth):
+    """Somebody adds a rule of their own between our look and our change. Theirs must be there in the end."""
+
+    added = 0
+
+    def entering(self, child: Child, call: Call) -> int:
+        if self._is_change(child, call) and self.due():
+            self.added += 1
+            _ADD[self.stage.case.backend](self.stage, 20000 + self.added)
+        return 0
+
+    def _is_change(self, child: Child, call: Call) -> bool:
+        if self.stage.case.backend == "iptables-legacy":
+            is_level = call.number == CALLS["setsockopt"] and call.arguments[1] in (0, 41)
+            return is_level and call.arguments[2] == _SET_REPLACE
+        if call.number != CALLS["sendto"]:
+            return False
+        return struct.unpack("=IH", child.memory(call.arguments[1], 6))[1] == _BATCH_BEGIN
+
+
+def _add_native(stage: Stage, port: int) -> None:
+    stage.netns.run("nft", "add", "rule", "inet", "somebody", "input", "tcp", "dport", str(port), "drop")
+
+
+def _add_xtables(tool: str, stage: Stage, port: int) -> None:
+    # Another lock file: a writer that waits for ours would never come between.
+    words = ["env", f"XTABLES_LOCKFILE={stage.directory}/hostile.lock", tool, "-t", "nat", "-A", "DOCKER"]
+    stage.netns.run(*words, "-p", "tcp", "--dport", str(port), "-j", "RETURN")
+
+
+_ADD: dict[str, Callable[[Stage, int], None]] = {
+    "nftables": _add_native,
+    "iptables-nft": partial(_add_xtables, "iptables-nft"),
+    "iptables-legacy": partial(_add_xtables, "iptables-legacy"),
+}
+
+ANSWERS: dict[str, tuple[type[_Nth], bool]] = {
+    "a short answer": (Short, False),
+    "a truncated answer": (Truncated, False),
+    "an interrupted dump": (Interrupted, False),
+    "a dump that is always interrupted": (Interrupted, True),
+    "a forged sender": (Forged, False),
+    "a forger that never ends": (Forged, True),
+}
+
+
+def answer_everywhere(case: Case, name: str, *, most: int) -> Iterator[Outcome]:
+    """An update whose answers are spoiled, each in turn or, of many, `most`."""
+    kind, always = ANSWERS[name]
+    stage = Stage(case)
+    try:
+        new = stage.reset("apply b")
+        old = stage.reset("apply a")
+        counted = kind(stage, 1 << 30)
+        stage.fail("apply b", counted)
+        stage.reset("apply a")
+        for at in spread(counted.found, most):
+            fault = kind(stage, at, always=always)
+            ended = stage.fail("apply b", fault)
+            if fault.hit:
+                yield judge(stage, name, f"{case}: {name} at answer {at}", ended, old, new)
+                if stage.picture().state != old.state:
+                    stage.reset("apply a")
+    finally:
+        stage.close()
+
+
+def writers(case: Case) -> Iterator[Outcome]:
+    """Another writer, once between our look and our change, and each time (ERESTART, EAGAIN)."""
+    for always in (False, True):
+        stage = Stage(case)
+        try:
+            stage.reset("apply a")
+            fault = Writer(stage, 0, always=always)
+            ended = stage.fail("apply b", fault)
+            # Theirs are part of both states, so these are looked at when they are there.
+            there = stage.picture()
+            old = stage.reset("apply a")
+            new = stage.reset("apply b")
+            wrong = () if _are_there(stage, fault.added) else (f"{fault.added} rules of theirs were added, and not all stand",)
+            state = "new" if there.state == new.state else "old" if there.state == old.state else ""
+            if (ended.code == 0) != (state == "new") or ended.code not in (0, 1) or "Traceback" in ended.output:
+                wrong += (f"ended with {ended.code}, {state or 'neither'}: {ended.output}",)
+            often = "a writer who never ends" if always else "ERESTART, EAGAIN: another writer"
+            yield Outcome(often, case.backend, f"{case}: {often}, {fault.added} times", state or "between", state, wrong)
+        finally:
+            stage.close()
+
+
+def _are_there(stage: Stage, count: int) -> bool:
+    tool = {"nftables": "nft list ruleset", "iptables-nft": "iptables-nft-save", "iptables-legacy": "iptables-legacy-save"}
+    text = stage.netns.run(*tool[stage.case.backend].split())
+    return all(f"dport {20000 + number} " in text for number in range(1, count + 1))
