@@ -7,7 +7,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 ORACLES := iptables nftables conntrack libnftables1 iproute2 strace util-linux
 
-.PHONY: demo test bench lint types layers wheel check clean oracles userlands vagrant vagrant-box vagrant-share
+.PHONY: demo test conform model mutations faults soak bench lint types layers wheel check clean oracles userlands vagrant vagrant-box vagrant-share
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/netapply demo
@@ -20,7 +20,7 @@ test: $(VENV)/.installed oracles userlands
 $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -qq && apt-get install -y -qq python3 python3-venv; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable '.[reader,dev]'
+	$(PY) -m pip install --quiet --editable '.[reader,agent,dev]'
 	touch $@
 
 # Readers that are not ours, for the tests alone: the product starts no program.
@@ -35,6 +35,30 @@ userlands: $(VENV)/.installed
 # What an apply costs beside the kernel's share and the tools': minutes. QUICK=1 below one; BENCH='-o FILE --strict'.
 bench: $(VENV)/.installed oracles
 	$(PY) -m bench $(if $(QUICK),--quick) $(BENCH)
+
+# The conformance suite at level full, on each of our backends: minutes. LEVEL=stress adds a thousand random plans.
+conform: $(VENV)/.installed
+	for backend in nftables iptables-nft iptables-legacy; do \
+	  $(VENV)/bin/netapply conform --backend $$backend --level $(or $(LEVEL),full) $(if $(SEED),--seed $(SEED)) || exit 1; done
+
+# A thousand random plans and their flows, on each of our backends: minutes. SEED=N for others.
+model: $(VENV)/.installed
+	for backend in nftables iptables-nft iptables-legacy; do \
+	  $(VENV)/bin/netapply conform --backend $$backend --level stress -k 'model ' --seed $(or $(SEED),0) || exit 1; done
+
+# Every mistake in the place of each of our backends: minutes. A mistake that no case notices asks for one.
+mutations: $(VENV)/.installed
+	for backend in nftables iptables-nft iptables-legacy; do \
+	  $(VENV)/bin/netapply conform --backend $$backend --mutations || exit 1; done
+
+# Commands killed and failed at each of their system calls, and hostile writers: minutes; the table of docs/reliability.md.
+faults: $(VENV)/.installed oracles
+	$(PY) -m tests.faults --write docs/reliability.md
+	$(PY) -m tests.faults.hostile --applies 10000
+
+# 10,000 namespaces from their beginning to their end, in one process: nothing may grow.
+soak: $(VENV)/.installed
+	$(PY) -m tests.faults.soak
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -17,6 +17,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from netapply.agent import Agent as Agent
+    from netapply.agent import AgentConfig as AgentConfig
     from netapply.api import Capture as Capture
     from netapply.api import CaptureLike as CaptureLike
     from netapply.api import open_capture as open  # noqa: A004 - netapply.open, as the standard library's modules have it
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "netapply.agent": ("Agent", "AgentConfig"),
     "netapply.api": ("Capture", "CaptureLike"),
     "netapply.compiler": ("compile_plan",),
     "netapply.errors": (

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from netapply import core
+from netapply import core, recovery
 from netapply.journal import Journal
 from netapply.namespace import Namespace
 from netapply.ownership import Adoption
@@ -83,6 +83,7 @@ class Capture:
         adopt: Adoption | None = None,
         fingerprint: str = "",
         cancelled: Callable[[], bool] = lambda: False,
+        reason: str = "",
     ) -> Result:
         """See `netapply.core.apply`."""
         return core.apply(
@@ -94,6 +95,7 @@ class Capture:
             journal=self.journal,
             fingerprint=fingerprint,
             cancelled=cancelled,
+            reason=reason,
         )
 
     def diff(self, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Diff:
@@ -104,9 +106,21 @@ class Capture:
         """See `netapply.core.verify`."""
         return core.verify(self.namespace, plan, backend=backend, layout=layout, journal=self.journal)
 
-    def clean(self, *, backend: str = "auto", layout: str = "netapply", adopt: Adoption | None = None) -> Result:
+    def clean(
+        self, *, backend: str = "auto", layout: str = "netapply", adopt: Adoption | None = None, reason: str = ""
+    ) -> Result:
         """See `netapply.core.clean`."""
-        return core.clean(self.namespace, backend=backend, layout=layout, adopt=adopt, journal=self.journal)
+        return core.clean(
+            self.namespace, backend=backend, layout=layout, adopt=adopt, journal=self.journal, reason=reason
+        )
+
+    def rollback(self, back: int = 1, *, reason: str = "") -> Result:
+        """See `netapply.core.rollback`."""
+        return core.rollback(self.namespace, back, journal=self.journal, reason=reason)
+
+    def recover(self) -> Result:
+        """See `netapply.recovery.recover`."""
+        return recovery.recover(self.namespace, journal=self.journal)
 
     def live(self, *, backend: str = "auto", layout: str = "netapply") -> tuple[Live, ...]:
         """See `netapply.core.live`."""

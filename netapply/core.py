@@ -13,12 +13,12 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
 
-from netapply import detection, routing
+from netapply import detection, history, recovery, routing
 from netapply.backend import Backend, Owned, find_backend
 from netapply.compiler import compile_plan, compile_routing
 from netapply.detection import PREFERENCE, UNSUPPORTED, Held, choose, holding_ours, lacking, next_usable, probe
 from netapply.differences import ruleset_changes, with_paths
-from netapply.errors import ApplyError, JournalError, KernelError, NetapplyError, UnsupportedError
+from netapply.errors import ApplyError, ConflictError, JournalError, KernelError, NetapplyError, UnsupportedError
 from netapply.existing import existing_flows, treated_otherwise
 from netapply.features import degrade
 from netapply.journal import Entry, Files, Journal, State
@@ -41,39 +41,46 @@ class _Session(NamedTuple):
     entry: Entry | None
     degraded: tuple[str, ...]
     notes: tuple[str, ...]
+    event: history.Event
+
+    def told(self, result: Result, layout: str = "", fingerprint: str = "") -> Result:
+        """The result, once the history has it."""
+        if self.files is None or not result.changed:
+            return result
+        said = history.record(
+            self.files,
+            self.event._replace(
+                result="done",
+                backend=result.backend,
+                layout=layout,
+                fingerprint=fingerprint,
+                state=self.files.number,
+            ),
+        )
+        return result._replace(notes=(*result.notes, said)) if said else result
 
 
 @contextmanager
-def _session(namespace: Namespace, journal: Journal) -> Generator[_Session]:
+def _session(namespace: Namespace, journal: Journal, operation: str, reason: str) -> Generator[_Session]:
     """Take the namespace's journal, and first of all finish or undo what an interrupted run left."""
+    event = history.event_of(namespace, operation, reason)
     try:
         files = journal.acquire(namespace.identity, namespace.lock_timeout, namespace.memory)
     except JournalError as error:
         if journal.chosen:
             raise
-        yield _Session(None, None, (f"journal: none is kept, and a killed run would not be undone ({error})",), ())
+        told = f"journal: none is kept, and a killed run would not be undone ({error})"
+        yield _Session(None, None, (told,), (), event)
         return
     try:
-        entry, notes = _recover(namespace, files)
-        yield _Session(files, entry, (), notes)
+        entry, notes = recovery.resolve(namespace, files)
+        yield _Session(files, entry, (), notes, event)
+    except ApplyError as error:
+        said = "failed, as it was" if error.restored else "failed, NOT restored"
+        history.record(files, event._replace(result=said, state=files.number))
+        raise
     finally:
         files.close()
-
-
-def _recover(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[str, ...]]:
-    """The journal's entry, after an interrupted run that it speaks of was finished or undone."""
-    try:
-        entry = files.load()
-    except JournalError as error:
-        return None, (f"{error}; it was set aside as {files.set_aside()}",)
-    if entry is None or not entry.pending:
-        return entry, ()
-    try:
-        said = Transaction(namespace, find_backend(entry.backend), _owned(entry), files).restore(entry)
-    except NetapplyError as error:
-        # Whoever comes next brings the namespace to a state of its own, from wherever it is.
-        return entry, (f"an interrupted run could not be undone ({error})",)
-    return files.load(), (f"an interrupted run was {said}",)
 
 
 def compiled(
@@ -106,29 +113,33 @@ def apply(
     fingerprint: str = "",
     count_flows: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
+    reason: str = "",
 ) -> Result:
     """Make the namespace hold `plan`: all of it, or, when anything fails, what was there before.
 
     `backend` is a name or "auto", which keeps to the dialect that holds our rules already. `fingerprint` names the
-    plan in the journal. `adopt` says what else is taken over where chains of the layout's names stand already: rules
-    and routing that another program left. `count_flows` counts open connections that would be treated otherwise.
-    `cancelled` is asked between steps. Raises NetapplyError: ConflictError, UnsupportedError and LockError with nothing
-    touched, ApplyError after a roll-back.
+    plan in the journal. `adopt` says what else is taken over, where chains of the layout's names or policy rules of
+    others stand already: rules and routing that another program left. `count_flows` counts open connections that would
+    be treated otherwise. `cancelled` is asked between steps. `reason` is for the history. Raises NetapplyError:
+    ConflictError, UnsupportedError and LockError with nothing touched, ApplyError after a roll-back.
     """
     begun = time.perf_counter()
     refuse_waiting(plan)
-    with _session(namespace, journal or Journal()) as session:
+    with _session(namespace, journal or Journal(), "apply", reason) as session:
         owned = _owned(session.entry, layout)
-        chosen, reason, unseen = choose(namespace, backend, owned, _also(session.entry))
-        adopted = adopt() if adopt is not None and chosen.detect(namespace, owned) else NOTHING
+        chosen, why, unseen = choose(namespace, backend, owned, _also(session.entry))
+        adopted = NOTHING
+        if adopt is not None and (chosen.detect(namespace, owned) or routing.of_others(namespace)):
+            adopted = adopt()
         fixed = (namespace, session, plan, layout, fingerprint, adopted)
         attempt = partial(_attempt, *fixed, count_flows=count_flows, cancelled=cancelled)
         try:
             done = attempt(chosen, lacking(namespace, chosen, plan))
         except ApplyError as error:
-            chosen, reason = _instead(namespace, chosen, backend, plan, error)
+            chosen, why = _instead(namespace, chosen, backend, plan, error)
             done = attempt(chosen, probe(namespace, chosen).missing)
-    return done._replace(reason=reason, degraded=unseen + done.degraded, duration=time.perf_counter() - begun)
+        done = session.told(done, layout, fingerprint)
+    return done._replace(reason=why, degraded=unseen + done.degraded, duration=time.perf_counter() - begun)
 
 
 def _attempt(
@@ -203,8 +214,10 @@ def possible(namespace: Namespace, wanted: Routing) -> tuple[Routing, tuple[str,
 def _ipv6_is_off(namespace: Namespace) -> bool:
     try:
         return namespace.read_file("sys/net/ipv6/conf/lo/disable_ipv6").strip() == "1"
-    except OSError:
+    except FileNotFoundError:
         return True  # a kernel without IPv6 has no such file
+    except OSError as error:
+        raise KernelError("read sysctl net.ipv6.conf.lo.disable_ipv6", error.errno or 0) from error
 
 
 def refuse_waiting(plan: CapturePlan) -> None:
@@ -223,6 +236,7 @@ def clean(
     layout: str = "netapply",
     adopt: Adoption | None = None,
     journal: Journal | None = None,
+    reason: str = "",
 ) -> Result:
     """Remove all that is ours, in every dialect ("auto") or one, by ownership: without a plan, from any version.
 
@@ -230,7 +244,7 @@ def clean(
     """
     begun = time.perf_counter()
     steps: tuple[str, ...] = ()
-    with _session(namespace, journal or Journal()) as session:
+    with _session(namespace, journal or Journal(), "clean", reason) as session:
         adopted = adopt() if adopt is not None else NOTHING
         owned = _owned(session.entry, layout, adopted=adopted)
         looked = holding_ours(namespace, owned, _also(session.entry)) if backend == "auto" else Held((backend,), ())
@@ -244,16 +258,35 @@ def clean(
             known = outcome.created
         if session.files:
             session.files.forget()
-    reason = "held our rules" if held else "nothing of ours was found in any dialect"
-    return Result(
-        bool(steps),
-        ", ".join(held),
-        reason,
-        steps,
-        session.degraded + unseen,
-        session.notes,
-        duration=time.perf_counter() - begun,
-    )
+        why = "held our rules" if held else "nothing of ours was found in any dialect"
+        done = Result(bool(steps), ", ".join(held), why, steps, session.degraded + unseen, session.notes)
+        done = session.told(done)
+    return done._replace(duration=time.perf_counter() - begun)
+
+
+def rollback(namespace: Namespace, back: int = 1, *, journal: Journal | None = None, reason: str = "") -> Result:
+    """Bring back the state that stood `back` states ago, as the journal has it; that is a change like any other.
+
+    Before the first state there was nothing of ours. Raises NetapplyError, ConflictError and LockError with nothing
+    touched, ApplyError after a roll-back.
+    """
+    begun = time.perf_counter()
+    with _session(namespace, journal or Journal(), "rollback", reason) as session:
+        past = recovery.past(session.files, session.entry, back)
+        owned = _owned(session.entry, past.layout, past.desired.ruleset)
+        held, unseen = holding_ours(namespace, owned, _also(session.entry))
+        if past.desired.ruleset is not None and (others := [name for name in held if name != past.backend]):
+            raise ConflictError(
+                f"that state was held by {past.backend}, and {', '.join(others)} holds ours now",
+                next_step=f"netapply migrate --to {past.backend}, and then again",
+            )
+        known = session.entry.created if session.entry else Routing()
+        transaction = Transaction(namespace, find_backend(past.backend), owned, session.files)
+        outcome = transaction.run(past._replace(pending=True, created=known), session.entry)
+        why = f"state {past.number}" if past.number >= 0 else "nothing of ours, as before the first state"
+        done = Result(bool(outcome.steps), past.backend, why, outcome.steps, session.degraded + unseen, session.notes)
+        done = session.told(done, past.layout, past.fingerprint)
+    return done._replace(duration=time.perf_counter() - begun)
 
 
 def diff(namespace: Namespace, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Diff:

@@ -29,6 +29,8 @@ from netapply.values import NamedTuple
 
 DEFAULT_DIRECTORY = "/run/netapply"
 FORMAT = 1
+#: How many of the states before the present one can be gone back to.
+KEPT = 8
 #: The name under which a namespace's memory has what was written of it last.
 _MEMORY = "journal"
 #: … and where its files are that stay open.
@@ -58,6 +60,8 @@ class Entry(NamedTuple):
     created: Routing = Routing()
     layout: str = "netapply"
     fingerprint: str = ""
+    #: Which of the namespace's states `desired` is: each that is another than the one before is numbered.
+    number: int = 0
 
 
 class _Written(NamedTuple):
@@ -147,6 +151,8 @@ class Files:
         self._pending = f"{name}.pending"
         self._memory = {} if memory is None else memory
         self._begun: Entry | None = None
+        #: What the file of the namespace's own name says; of no use while `_may_be_pending` before a `load`.
+        self._former: Entry | None = None
         self._may_be_pending = True
         self._lock_is_gone = False
         try:
@@ -164,28 +170,57 @@ class Files:
         if self._memory.setdefault(_KEPT, self._kept) is not self._kept:
             self._kept.close()
 
+    @property
+    def directory(self) -> int:
+        """The state directory, open."""
+        return self._directory
+
+    @property
+    def number(self) -> int:
+        """Of the state that stands; 0 where nothing of ours does."""
+        return self._former.number if self._former else 0
+
     def load(self) -> Entry | None:
         """The entry; None when there is none, or it is from before the machine started. Raises JournalError."""
-        data = self._read(self._pending)
-        self._may_be_pending = pending = data is not None
-        if data is None:
-            data = self._read(self._name)
+        self._former = None
+        begun = self._read(self._pending)
+        self._may_be_pending = begun is not None
+        if begun is None:
+            self._former = self._understood(self._name, self._read(self._name))
+            return self._former
+        with suppress(JournalError):  # what counts is what was begun after it
+            self._former = self._understood(self._name, self._read(self._name))
+        return self._understood(self._pending, begun)
+
+    def _understood(self, name: str, data: bytes | None) -> Entry | None:
         if data is None:
             return None
+        pending = name == self._pending
         known = self._memory.get(_MEMORY)
         if isinstance(known, _Written) and known.data == data:
             return known.entry if known.entry.pending == pending else known.entry._replace(pending=pending)
-        return _decode(data, self._name, pending=pending)
+        return _decode(data, name, pending=pending)
+
+    def past(self, back: int) -> Entry | None:
+        """The state so many before the present one; None where it is no longer kept. Raises JournalError."""
+        if self._former is None or not 0 < back <= KEPT:
+            return None
+        number = self._former.number - back
+        name = f"{self._name}.{number % KEPT}"
+        entry = self._understood(name, self._read(name))
+        return entry if entry is not None and entry.number == number else None
 
     def begin(self, entry: Entry) -> None:
         """Write the entry of a run before its first change: on the disk, whole, when this returns."""
         self._may_be_pending = True
+        entry = self._numbered(entry)
         self._write(entry, self._pending)
         self._begun = entry
 
     def settle(self, entry: Entry) -> None:
         """The run is over, and `entry` is what stands: mostly as it began, and then only the name changes."""
-        entry = entry._replace(pending=True)
+        entry = self._numbered(entry._replace(pending=True))
+        self._keep(entry)
         if self._begun == entry:
             with _said("the journal cannot be written"):
                 os.rename(self._pending, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
@@ -195,6 +230,22 @@ class Files:
             self._write(entry, self._name)
             self.discard()
 
+    def _numbered(self, entry: Entry) -> Entry:
+        former = self._former
+        number = 0 if former is None else former.number + _is_another(former, entry)
+        return entry if entry.number == number else entry._replace(number=number)
+
+    def _keep(self, entry: Entry) -> None:
+        """What stood until now stays under its number, if what stands from now on is another state."""
+        former, self._former = self._former, entry
+        if former is None or not _is_another(former, entry):
+            return
+        kept = f"{self._name}.{former.number % KEPT}"
+        self._unlink(kept)
+        # A link, as the file must not be gone for a moment. A lost one is a state less to go back to.
+        with suppress(OSError):
+            os.link(self._name, kept, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+
     def discard(self) -> None:
         """The run was undone, and what the journal said before it began is true again."""
         if self._may_be_pending:
@@ -203,6 +254,9 @@ class Files:
 
     def forget(self) -> None:
         """Nothing of ours is left in the namespace: neither are its files."""
+        for number in range(min(self._former.number, KEPT) if self._former else KEPT):
+            self._unlink(f"{self._name}.{number}")
+        self._former = None
         self._unlink(self._name)
         self.discard()
         self._unlink(f"{self._name}.lock")
@@ -264,6 +318,10 @@ def _said(what: str) -> Generator[None]:
         raise JournalError(f"{what}: {error.strerror}", next_step=step) from error
 
 
+def _is_another(former: Entry, entry: Entry) -> bool:
+    return former.desired != entry.desired or (former.backend, former.layout) != (entry.backend, entry.layout)
+
+
 def _name(identity: NamespaceId) -> str:
     return f"{identity.device}-{identity.inode}-{identity.cookie}"
 
@@ -320,10 +378,10 @@ def _boot() -> str:
 
 
 def _encode(entry: Entry) -> bytes:
-    _, backend, before, desired, created, layout, fingerprint = entry
+    _, backend, before, desired, created, layout, fingerprint, number = entry
     head = _head(backend, layout, fingerprint, created)
     states = f'"before":{_state_text(before)},"desired":{_state_text(desired)}'
-    text = f'{head},{states},"pid":{os.getpid()},"time":{time.time():.3f}}}'.encode()
+    text = f'{head},{states},"number":{number},"pid":{os.getpid()},"time":{time.time():.3f}}}'.encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
@@ -366,6 +424,7 @@ def _decode(data: bytes, name: str, *, pending: bool) -> Entry | None:
             routing_from_json(body["created"]),
             body["layout"],
             body["fingerprint"],
+            body.get("number", 0),
         )
     except (ValueError, KeyError, TypeError, DecodeError) as error:
         raise JournalError(f"journal {name} cannot be trusted: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from io import FileIO
 from types import TracebackType
 from typing import Self, TypeVar
@@ -28,9 +29,17 @@ T = TypeVar("T")
 
 _LEVEL: dict[Family, int] = {"ip": socket.SOL_IP, "ip6": socket.IPPROTO_IPV6}
 _FAMILY: dict[Family, int] = {"ip": socket.AF_INET, "ip6": socket.AF_INET6}
+#: Any inet socket will do for nf_sockopt (net/netfilter/nf_sockopt.c); a raw one would need CAP_NET_RAW.
+_DATAGRAM = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+_READ = os.O_RDONLY | os.O_CLOEXEC
 _PIECE = 1 << 16
+#: A read of less came to the end: fs/seq_file.c stops before a record that does not fit into the rest of a page, and
+#: no record is as long as half of one.
+_FULL = 2048
 #: Files that stay open: those of the namespace itself, and settings of `lo`, which never goes.
 _KEPT = ("net/", "sys/net/ipv6/conf/lo/")
+_TABLES = ("net/ip_tables_names", "net/ip6_tables_names")
+_SOCKETS = ("net/sockstat", "net/sockstat6")
 
 
 class Namespace:
@@ -49,7 +58,7 @@ class Namespace:
         self._inet: dict[Family, socket.socket] = {}
         self._files: dict[str, int] = {}
         self._memory: dict[str, object] = {}
-        self.identity = NamespaceId(*self._file, 0)
+        self._identity: NamespaceId | None = None
 
     @classmethod
     def open(cls, spec: str | int | None = None, *, host: bool = False, lock_timeout: float = 10.0) -> Namespace:
@@ -62,29 +71,46 @@ class Namespace:
         source = open_source(spec)
         namespace = cls(source, _file_of(source.fd), lock_timeout)
         try:
-            namespace._identify(host=host)
+            namespace._refuse_the_machines(host=host)
         except BaseException:
             namespace.close()
             raise
         return namespace
 
-    def _identify(self, *, host: bool) -> None:
-        reserved = reserves_inode()
-
-        def look() -> bool:
-            # Any socket tells the cookie; this one is kept, as routing is looked at first.
-            sock = self._netlink[NETLINK_ROUTE] = open_netlink(NETLINK_ROUTE)
-            self.identity = NamespaceId(*self._file, cookie_of(sock))
-            return is_initial(self.identity, reserved=reserved)
-
-        if self._visit(look) and not host:
+    def _refuse_the_machines(self, *, host: bool) -> None:
+        if host:
+            return
+        try:
+            # Where the inode number tells there is no need to go there, and the cookie can wait.
+            initial = is_initial(NamespaceId(*self._file, 0), reserved=True) if reserves_inode() else self._is_initial()
+        except OSError as error:
+            raise NamespaceError(f"{self._source.label} cannot be looked at: {error.strerror}") from error
+        if initial:
             raise NamespaceError(
                 f"{self._source.label} is the machine's own, where a mistake cuts it off",
                 next_step="name the namespace of the workload, or say --host if you mean the machine",
             )
 
+    def _is_initial(self) -> bool:
+        def look() -> bool:
+            sock = self._netlink[NETLINK_ROUTE] = open_netlink(NETLINK_ROUTE)
+            self._identity = NamespaceId(*self._file, cookie_of(sock))
+            return is_initial(self._identity)
+
+        return self.visit(look)
+
+    @property
+    def identity(self) -> NamespaceId:
+        """What tells this namespace from all others. Raises NamespaceError where it cannot be entered."""
+        if self._identity is None:
+            with self._lock:
+                if not self._netlink:  # the beginning of a command, which looks at all of these
+                    self._visit(lambda: self._open_ahead((NETLINK_ROUTE, NETLINK_NETFILTER), _TABLES + _SOCKETS))
+                self._identity = NamespaceId(*self._file, cookie_of(self._netlink_socket(NETLINK_ROUTE)))
+        return self._identity
+
     def __repr__(self) -> str:
-        return f"<Namespace {self._source.label}: inode {self.identity.inode}>"
+        return f"<Namespace {self._source.label}: inode {self._file[1]}>"
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +119,11 @@ class Namespace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def label(self) -> str:
+        """What the namespace was called by whoever opened it."""
+        return self._source.label
 
     @property
     def lock_timeout(self) -> float:
@@ -124,15 +155,19 @@ class Namespace:
     def netlink(self, protocol: NetlinkProtocol, request: bytes) -> list[bytes]:
         """Send one request and return every datagram of the answer; see `netapply.kernel.Kernel.netlink`."""
         with self._lock:
-            sock = self._netlink.get(protocol)
-            if sock is None:
-                sock = self._netlink[protocol] = self._visit(lambda: open_netlink(protocol))
+            sock = self._netlink_socket(protocol)
             try:
                 return exchange(sock, protocol, request)
             except BaseException:
                 # What is left of this answer must not be taken for the next one's.
                 _close(protocol, self._netlink.pop(protocol))
                 raise
+
+    def _netlink_socket(self, protocol: NetlinkProtocol) -> socket.socket:
+        sock = self._netlink.get(protocol)
+        if sock is None:
+            sock = self._netlink[protocol] = self._visit(lambda: open_netlink(protocol))
+        return sock
 
     def getsockopt(self, family: Family, option: int, buffer: bytes, level: int | None = None) -> bytes:
         """Get an option of a socket of this family, `buffer` being input and output. Raises OSError."""
@@ -152,33 +187,46 @@ class Namespace:
     def _inet_socket(self, family: Family) -> socket.socket:
         sock = self._inet.get(family)
         if sock is None:
-            # Any inet socket will do for nf_sockopt (net/netfilter/nf_sockopt.c); a raw one would need CAP_NET_RAW.
-            kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-            sock = self._inet[family] = self._visit(lambda: socket.socket(_FAMILY[family], kind))
+            sock = self._inet[family] = self._visit(lambda: socket.socket(_FAMILY[family], _DATAGRAM))
         return sock
+
+    def _open_ahead(
+        self, protocols: tuple[NetlinkProtocol, ...], paths: tuple[str, ...], families: tuple[Family, ...] = ()
+    ) -> None:
+        """Open what is used soon, as a visit takes longer than opening three sockets. Who needs one meets its error."""
+        with suppress(OSError):
+            for protocol in protocols:
+                if protocol not in self._netlink:
+                    self._netlink[protocol] = open_netlink(protocol)
+            for family in families:
+                if family not in self._inet:
+                    self._inet[family] = socket.socket(_FAMILY[family], _DATAGRAM)
+            for path in paths:
+                if path not in self._files:
+                    self._files[path] = os.open(_proc_path(path), _READ)
 
     def read_file(self, path: str) -> str:
         """A file under /proc/net ("net/NAME") or /proc/sys ("sys/NAME") of this namespace. Raises OSError."""
-        place = _proc_path(path)
-
-        def read() -> bytes:
-            with FileIO(place) as file:
-                return file.readall()
-
         with self._lock:
-            data = self._read_kept(path, place) if path.startswith(_KEPT) else self._visit(read)
+            data = self._read_kept(path) if path.startswith(_KEPT) else self._visit(lambda: _read(_proc_path(path)))
         return data.decode("ascii", "surrogateescape")
 
-    def _read_kept(self, path: str, place: str) -> bytes:
+    def _read_kept(self, path: str) -> bytes:
         """All of a file that stays open: each read from its beginning makes the kernel write it anew."""
         fd = self._files.get(path)
         if fd is None:
-            fd = self._files[path] = self._visit(lambda: os.open(place, os.O_RDONLY | os.O_CLOEXEC))
+            fd = self._files[path] = self._visit(lambda: self._open_kept(path))
         data = part = os.pread(fd, _PIECE, 0)
-        while part:  # a short one need not be the last
+        while len(part) >= _FULL:
             part = os.pread(fd, _PIECE, len(data))
             data += part
         return data
+
+    def _open_kept(self, path: str) -> int:
+        fd = os.open(_proc_path(path), _READ)
+        if path == _TABLES[0]:  # iptables-legacy: tables, sets, and sockets for both
+            self._open_ahead((NETLINK_NETFILTER,), _TABLES[1:], ("ip", "ip6"))
+        return fd
 
     def write_file(self, path: str, value: str) -> None:
         """Write one under /proc/sys, as "sys/NAME". Raises OSError."""
@@ -254,10 +302,11 @@ class Namespace:
     def _enter(self, fd: int) -> None:
         try:
             syscalls.setns(fd)
-        except PermissionError as error:
+        except OSError as error:
+            step = "run as root, or with CAP_SYS_ADMIN, or as a process of that namespace"
+            denied = isinstance(error, PermissionError)
             raise NamespaceError(
-                f"{self._source.label} cannot be entered: {error.strerror}",
-                next_step="run as root, or with CAP_SYS_ADMIN, or as a process of that namespace",
+                f"{self._source.label} cannot be entered: {error.strerror}", next_step=step if denied else ""
             ) from error
 
     def _visit(self, work: Callable[[], T]) -> T:
@@ -282,6 +331,11 @@ class Namespace:
 def _file_of(place: str | int) -> tuple[int, int]:
     status = os.stat(place)
     return status.st_dev, status.st_ino
+
+
+def _read(place: str) -> bytes:
+    with FileIO(place) as file:
+        return file.readall()
 
 
 def _close(protocol: NetlinkProtocol, sock: socket.socket) -> None:

@@ -47,9 +47,9 @@ def exchange(sock: socket.socket, protocol: NetlinkProtocol, request: bytes) -> 
     """Send `request` and return every datagram of the kernel's answer.
 
     The kernel handles a request inside sendmsg(2) and goes on with a dump inside recvmsg(2), so what is to come is
-    there already. A batch, and a request without acknowledgement, is answered when nothing more is there; others
-    when each message that asked for it was acknowledged or its dump is done. Raises OSError, after which the socket
-    is good for nothing but to be closed: ENOBUFS where answers were lost, TimeoutError past the deadline.
+    there already. A batch is answered when nothing more is there; others when each message that asked for it was
+    acknowledged, its dump is done, or, where it asked for neither, one message came. Raises OSError, after which the
+    socket is good for nothing but to be closed: ENOBUFS where answers were lost, TimeoutError past the deadline.
     """
     awaited = _awaited(protocol, request)
     if len(request) > _SEND_BUFFER:
@@ -79,27 +79,29 @@ def exchange(sock: socket.socket, protocol: NetlinkProtocol, request: bytes) -> 
     return answer
 
 
-def _awaited(protocol: NetlinkProtocol, request: bytes) -> set[int]:
-    """The sequence numbers of the messages that end in an acknowledgement or NLMSG_DONE; none for a batch."""
+def _awaited(protocol: NetlinkProtocol, request: bytes) -> dict[int, bool]:
+    """By the sequence numbers of the messages, whether the first answer is the last; none for a batch.
+
+    Others end in an acknowledgement or NLMSG_DONE.
+    """
     _, kind, _, _, _ = _HEADER.unpack_from(request)
     if protocol == NETLINK_NETFILTER and kind == _NFNL_MSG_BATCH_BEGIN:
-        return set()
-    found: set[int] = set()
+        return {}
+    found: dict[int, bool] = {}
     offset = 0
     while offset < len(request):
         length, _, flags, sequence, _ = _HEADER.unpack_from(request, offset)
-        if flags & _NLM_F_ACK or flags & _NLM_F_DUMP == _NLM_F_DUMP:
-            found.add(sequence)
+        found[sequence] = not (flags & _NLM_F_ACK or flags & _NLM_F_DUMP == _NLM_F_DUMP)
         offset += max((length + 3) & ~3, _HEADER.size)
     return found
 
 
-def _settle(data: bytes, awaited: set[int]) -> None:
+def _settle(data: bytes, awaited: dict[int, bool]) -> None:
     offset, end = 0, len(data) - _HEADER.size
     while offset <= end:
         length, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
-        if kind in (_NLMSG_ERROR, _NLMSG_DONE):
-            awaited.discard(sequence)
+        if kind in (_NLMSG_ERROR, _NLMSG_DONE) or awaited.get(sequence):
+            awaited.pop(sequence, None)
         offset += max((length + 3) & ~3, _HEADER.size)
 
 

@@ -151,5 +151,11 @@ def is_initial(identity: NamespaceId, *, reserved: bool = False) -> bool:
 
 
 def reserves_inode() -> bool:
-    """Whether this kernel reserves the inode number, as the calling thread's own namespace shows by having it."""
-    return os.stat(CURRENT).st_ino == _NET_NS_INIT_INO
+    """Whether this kernel reserves the inode number, as a thread's own namespace showed once by having it."""
+    if not _reserves and os.stat(CURRENT).st_ino == _NET_NS_INIT_INO:
+        _reserves.append(True)
+    return bool(_reserves)
+
+
+#: Not empty since this process saw that it does.
+_reserves: list[bool] = []

@@ -6,10 +6,12 @@ pyroute2's own way into a namespace forks. Importing pyroute2 takes 140 ms, so i
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, TypeVar
 
+from netapply import netlink
 from netapply.errors import KernelError
 from netapply.kernel import Kernel
 from netapply.rtnetlink import LOOPBACK_INDEX
@@ -85,9 +87,15 @@ def _with_iproute(kernel: Kernel, operation: str, work: Callable[[Any], T]) -> T
 
         try:
             with pyroute2.IPRoute() as ipr:
+                loop = ipr.asyncore.event_loop
+                loop.call_later(netlink.DEADLINE, loop.stop)  # it would wait for ever; so it raises RuntimeError
                 return work(ipr)
         except refused as error:
             raise KernelError(operation, error.code) from error
+        except RuntimeError as error:
+            raise KernelError(operation, errno.ETIMEDOUT) from error
+        except OSError as error:
+            raise KernelError(operation, error.errno or 0) from error
 
     return kernel.inside(run)
 

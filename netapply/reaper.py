@@ -9,9 +9,9 @@ thread. A process that ends earlier loses nothing: the kernel closes what is ope
 from __future__ import annotations
 
 import os
-import threading
 import time
 from _queue import Empty, SimpleQueue  # queue imports heapq for other kinds of queues
+from _thread import allocate_lock, start_new_thread
 
 #: Seconds from `close_later` to close(2). A kept socket keeps its namespace alive for as long.
 DELAY = 0.03
@@ -19,8 +19,8 @@ DELAY = 0.03
 LIMIT = 256
 
 _pending: SimpleQueue[tuple[float, int]] = SimpleQueue()
-_start = threading.Lock()
-_thread: threading.Thread | None = None
+_start = allocate_lock()
+_thread: int | None = None
 
 
 def close_later(fd: int) -> None:
@@ -37,8 +37,8 @@ def _start_thread() -> None:
     global _thread  # noqa: PLW0603 - one reaper for the process, started by the first socket
     with _start:
         if _thread is None:
-            _thread = threading.Thread(target=_reap, name="netapply-reaper", daemon=True)
-            _thread.start()
+            # Without `threading`, which waits until the new thread runs, and on a busy machine that takes milliseconds.
+            _thread = start_new_thread(_reap, ())
 
 
 def _reap() -> None:
@@ -53,7 +53,7 @@ def _reap() -> None:
 def _after_fork() -> None:
     """A forked child has the descriptors, but not the thread: close its copies, and start anew."""
     global _thread, _start
-    _thread, _start = None, threading.Lock()
+    _thread, _start = None, allocate_lock()
     while True:
         try:
             os.close(_pending.get_nowait()[1])

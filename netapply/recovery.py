@@ -7,12 +7,14 @@ until the read-back has agreed.
 
 from __future__ import annotations
 
+from netapply import history
 from netapply.backend import find_backend
 from netapply.errors import JournalError, NetapplyError
-from netapply.journal import Entry, Files, Journal
+from netapply.journal import KEPT, Entry, Files, Journal, State
 from netapply.namespace import Namespace
 from netapply.ownership import NOTHING, ownership
 from netapply.results import Result
+from netapply.ruleset import Routing
 from netapply.transaction import Transaction
 
 
@@ -24,9 +26,12 @@ def recover(namespace: Namespace, *, journal: Journal | None = None) -> Result:
         if entry is None or not entry.pending:
             return Result(False, entry.backend if entry else "", "nothing was interrupted here")
         said = _transaction(namespace, entry, files).restore(entry)
+        event = history.event_of(namespace, "recover", "")
+        told = history.record(files, event._replace(result=said, backend=entry.backend, state=files.number))
     finally:
         files.close()
-    return Result(said.startswith("undone"), entry.backend, f"an interrupted run was {said}")
+    reason = f"an interrupted run was {said}"
+    return Result(said.startswith("undone"), entry.backend, reason, notes=(told,) if told else ())
 
 
 def resolve(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[str, ...]]:
@@ -42,7 +47,27 @@ def resolve(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[str
     except NetapplyError as error:
         # Whoever comes next brings the namespace to a state of its own, from wherever it is.
         return entry, (f"an interrupted run could not be undone ({error})",)
+    event = history.event_of(namespace, "recover", "")
+    history.record(files, event._replace(result=said, backend=entry.backend, state=files.number))
     return files.load(), (f"an interrupted run was {said}",)
+
+
+def past(files: Files | None, entry: Entry | None, back: int) -> Entry:
+    """What the journal says of the state so many before the present one. Raises NetapplyError where it says nothing."""
+    if files is None or entry is None:
+        raise NetapplyError(
+            "the journal knows of no state of this namespace; clean forgets them, and so does a restart of the machine",
+            next_step="apply the plan that you want",
+        )
+    if back == files.number + 1:
+        return entry._replace(desired=State(None, Routing()), fingerprint="", number=-1)
+    found = files.past(back)
+    if found is None:
+        raise NetapplyError(
+            f"there is no state {back} before the present one; the last {KEPT} are kept",
+            next_step="netapply history tells which there are",
+        )
+    return found
 
 
 def _load(files: Files) -> Entry | None:

@@ -149,6 +149,11 @@ def _read_sysctls(kernel: Kernel, wanted: Routing, record: Routing) -> tuple[Sys
     return tuple(Sysctl(name, value) for name, value in values.items())
 
 
+def of_others(kernel: Kernel) -> bool:
+    """Whether policy rules stand that are neither the kernel's nor of our preferences. Raises KernelError."""
+    return not rule_priorities(kernel) <= _OF_THE_KERNEL | _PRIORITIES
+
+
 def plan(standing: Standing, desired: Routing | None) -> tuple[RoutingStep, ...]:
     """The steps from what stands to `desired`; () when there is nothing to do. Pure.
 

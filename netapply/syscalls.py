@@ -49,10 +49,11 @@ def filesystem_magic(fd: int) -> int:
 
 def getsockopt(fd: int, level: int, option: int, buffer: bytes) -> bytes:
     """Get an option (man 2 getsockopt), `buffer` being input and output; returns what the kernel left of it."""
-    value = ctypes.create_string_buffer(buffer, len(buffer))
-    length = ctypes.c_uint(len(buffer))
-    _checked(_getsockopt(fd, level, option, value, ctypes.byref(length)))
-    return value.raw if length.value == len(buffer) else value.raw[: length.value]
+    size = len(buffer)
+    value, length = (ctypes.c_char * size).from_buffer_copy(buffer), ctypes.c_uint(size)
+    if _getsockopt(fd, level, option, value, ctypes.byref(length)):
+        _checked(-1)
+    return value.raw if length.value == size else value.raw[: length.value]
 
 
 def setsockopt(fd: int, level: int, option: int, blob: bytes) -> None:
@@ -62,10 +63,11 @@ def setsockopt(fd: int, level: int, option: int, blob: bytes) -> None:
 
 def setsockopt_scratch(fd: int, level: int, option: int, blob: bytes, scratch: Scratch) -> bytes:
     """Set an option to `blob` with the address of a scratch buffer put into it; returns what the kernel wrote there."""
-    value = ctypes.create_string_buffer(blob, len(blob))
-    written = ctypes.create_string_buffer(scratch.size)
+    size = len(blob)
+    value, written = (ctypes.c_char * size).from_buffer_copy(blob), (ctypes.c_char * scratch.size)()
     _POINTER.pack_into(value, scratch.offset, ctypes.addressof(written))
-    _checked(_setsockopt(fd, level, option, value, len(blob)))
+    if _setsockopt(fd, level, option, value, size):
+        _checked(-1)
     return written.raw
 
 

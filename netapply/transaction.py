@@ -120,6 +120,7 @@ class Transaction:
 
     def restore(self, entry: Entry) -> str:
         """Finish or undo an interrupted run, and say which. Raises NetapplyError if neither held."""
+        self._namespace.forget()  # what is remembered is of before the run
         if not self._differs(entry.desired, entry.created):
             created = self._standing(entry.desired.routing, entry.created).ours
             self._settle(entry._replace(created=created))

@@ -37,7 +37,7 @@ class AgentDouble:
         self.subscribers = Subscribers(config.queue)
 
     async def apply(
-        self, target: Target, plan: CapturePlan, *, backend: str, layout: str, confirm_within: float
+        self, target: Target, plan: CapturePlan, *, backend: str, layout: str, confirm_within: float, reason: str
     ) -> Result:
         self.asked.append(("apply", target))
         self.entered.set()
@@ -57,7 +57,7 @@ class AgentDouble:
         )  # fmt: skip
         return Result(True, "nftables" if backend == "auto" else backend, "as told", ("batch",), duration=0.001)
 
-    async def remove(self, target: Target) -> Result:
+    async def remove(self, target: Target, *, reason: str) -> Result:
         self._known(target)
         del self.kept[str(target.spec)]
         return Result(True, "nftables", "held our rules")

@@ -7,10 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from netapply import load_plan
+from netapply import core, load_plan
 from netapply.agent import Agent, Budget, Target
 from netapply.conformance.drift import drifts
 from netapply.errors import NamespaceError, NetapplyError, UnsupportedError
@@ -129,6 +130,27 @@ async def test_others_who_change_their_own_tables_cause_no_heal(tmp_path: Path, 
         await until(lambda: agent.metrics().notifications > 1)
         await asyncio.sleep(0.1)
         assert not record.all("healed")
+
+
+@pytest.mark.parametrize("first", ["nothing to do", "something to do"])
+async def test_a_drift_at_the_very_moment_of_the_proof_is_not_taken_for_the_plan(
+    tmp_path: Path, netns: Netns, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    apply = core.apply
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        result = apply(*arguments, **settings)
+        monkeypatch.setattr(core, "apply", apply)
+        put(netns.path, "nftables", None)
+        return result
+
+    async with running(tmp_path) as (agent, record):
+        if first == "nothing to do":
+            await agent.apply(netns.path, SIDECAR)
+        monkeypatch.setattr(core, "apply", interrupted)
+        await agent.apply(netns.path, SIDECAR)
+        await record.next("healed")
+        await until(lambda: standing(netns.path, "nftables") is not None)
 
 
 async def test_events_that_another_process_forges_are_dropped(tmp_path: Path, netns: Netns) -> None:

@@ -27,6 +27,7 @@ from netapply.agent.model import AgentConfig
 from netapply.agent.openapi import description
 from netapply.agent.policy import Meter, Peer, Policy, Quota
 from netapply.cli import client
+from netapply.cli.arguments import build_parser
 from netapply.cli.client import Client
 from netapply.documents import LIMITS
 from netapply.errors import ConflictError, Fault, KernelError, LockError, NamespaceError, NetapplyError, PlanError
@@ -434,9 +435,12 @@ def test_metrics_are_offered_on_loopback_alone(address: str) -> None:
         loopback(address)
 
 
-def test_the_command_knows_the_agents_places() -> None:
+def test_the_command_knows_the_agents_places_and_defaults() -> None:
     config = AgentConfig()
     assert (config.socket, config.read_socket) == (client.CONTROL, client.READ)
+    words = vars(build_parser(lean=True).parse_args(["agent"]))
+    known = {name: value for name, value in config._asdict().items() if name in words}
+    assert {name: words[name] for name in known} == known
 
 
 # --- the description -----------------------------------------------------------------------------------------

@@ -227,7 +227,10 @@ async def test_the_machines_own_namespace_is_refused(tmp_path: Path) -> None:
             await agent.apply("/proc/1/ns/net", load_plan(PLAN))
 
 
-async def test_an_interrupted_run_is_undone_at_the_start(tmp_path: Path, plans: Path, named_netns: Netns) -> None:
+@pytest.mark.parametrize("named", [True, False], ids=["that a plan names", "that_no_plan_names"])
+async def test_an_interrupted_run_is_undone_at_the_start(
+    tmp_path: Path, plans: Path, named_netns: Netns, named: bool
+) -> None:
     from netapply.core import NOWHERE, apply
     from netapply.journal import Entry, Journal
     from netapply.namespace import Namespace
@@ -241,11 +244,12 @@ async def test_an_interrupted_run_is_undone_at_the_start(tmp_path: Path, plans: 
         assert entry is not None
         files.begin(Entry(True, "nftables", NOWHERE, entry.desired, entry.created))
         files.close()
-    write(plans, "a.yaml", f"path: {named_netns.name}")
+    if named:
+        write(plans, "a.yaml", f"path: {named_netns.name}")
     async with running(tmp_path, plans=str(plans)) as (agent, record):
-        await record.next("recovered")
+        assert (await record.next("recovered")).namespace == named_netns.name
         assert agent.metrics().recoveries == 1
-        assert agent.status()[0].state == "inplace"
+        assert [status.state for status in agent.status()] == ["inplace"] * named
 
 
 async def test_a_start_with_lo_down_is_made_good_when_lo_comes_up(

@@ -83,7 +83,7 @@ def test_a_state_directory_that_was_asked_for_must_be_usable(netns: Netns, tmp_p
 def test_a_journal_that_cannot_be_trusted_is_set_aside(netns: Netns, tmp_path: Path, garbage: bytes) -> None:
     with netapply.open(netns.path, state_directory=str(tmp_path / "state")) as capture:
         capture.apply(CapturePlan())
-        (journal,) = (path for path in (tmp_path / "state").iterdir() if path.suffix != ".lock")
+        (journal,) = (path for path in (tmp_path / "state").iterdir() if path.suffix != ".lock" and path.name != "history")
         journal.write_bytes(garbage)
         result = capture.apply(CapturePlan())
         assert "set aside" in result.notes[0]
@@ -168,7 +168,7 @@ def test_clean_works_after_a_damaged_and_interrupted_run(netns: Netns, tmp_path:
     with netapply.open(netns.path, state_directory=str(state)) as capture:
         capture.apply(CapturePlan(ipv6="skip"), backend="iptables-nft")
         netns.run("iptables-nft", "-t", "nat", "-A", "NETAPPLY_OUTBOUND", "-m", "ttl", "--ttl-eq", "5", "-j", "RETURN")
-        (journal,) = (path for path in state.iterdir() if path.suffix != ".lock")
+        (journal,) = (path for path in state.iterdir() if path.suffix != ".lock" and path.name != "history")
         files = Journal(str(state)).acquire(capture.namespace.identity, 1)
         entry = files.load()
         assert entry
@@ -198,12 +198,12 @@ def test_capture_by_cgroups_alone_is_never_degraded_to_no_capture() -> None:
         degrade(plan, "nftables", {"cgroups": "no module"})
 
 
-def test_clean_leaves_no_file_behind(netns: Netns, tmp_path: Path) -> None:
+def test_clean_leaves_no_file_but_the_history_behind(netns: Netns, tmp_path: Path) -> None:
     with netapply.open(netns.path, state_directory=str(tmp_path / "state")) as capture:
         capture.apply(CapturePlan())
         assert list((tmp_path / "state").iterdir())
         capture.clean()
-    assert not list((tmp_path / "state").iterdir())
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["history"]
 
 
 def test_a_run_that_cannot_be_undone_is_over_once_a_plan_holds(netns: Netns, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_a_full_set_with_a_wrong_element_is_put_right(kernel: Namespace) -> None
 def test_a_set_is_compared_and_decoded_however_the_kernel_spells_it(family: Family, flag: int) -> None:
     blocks = tuple(sorted({"ip": v4, "ip6": v6}[family](5)))
     heads = (*ipset._DUMPED[family][:5], ipset._DUMPED[family][5] | flag)
-    found = ipset.Listed(NAME, "hash:net", ipset.FAMILY[family], (b"".join(ipset._pack(family, blocks, heads)),))
+    found = ipset.Listed(NAME, "hash:net", ipset.FAMILY[family], (b"".join(ipset._pack(blocks, heads)),))
     assert found.decode() == NamedSet(NAME, family, blocks)
     assert found.holds(NamedSet(NAME, family, blocks))
     assert not found.holds(NamedSet(NAME, family, blocks[1:]))

@@ -121,6 +121,16 @@ def test_what_another_program_left_is_taken_over(capture: Capture, netns: Netns,
     assert "::6" not in netns.run("ip", "address")
 
 
+def test_routing_that_another_program_left_without_its_chains_is_taken_over(capture: Capture, netns: Netns) -> None:
+    for family in ("-4", "-6"):
+        netns.run("ip", family, "rule", "add", "fwmark", "1337", "lookup", "133")
+        netns.run("ip", family, "route", "add", "local", "default", "dev", "lo", "table", "133")
+    capture.apply(plan(EXCLUDED), layout="istio", adopt=lambda: leftovers([(plan(TPROXY), "istio")]))
+    for family in ("-4", "-6"):
+        assert "133" not in netns.run("ip", family, "rule")
+        assert netns.run("ip", family, "route", "show", "table", "133", check=False) == ""
+
+
 def test_without_being_asked_chains_of_another_program_are_not_ours(
     capture: Capture, netns: Netns, dialect: str
 ) -> None:

@@ -16,5 +16,3 @@ fi
 /opt/netapply/bin/pip install --quiet --disable-pip-version-check --root-user-action ignore --force-reinstall $offline \
   --find-links /netapply/wheelhouse netapply
 /opt/netapply/bin/netapply --version
-# iptables-legacy loads these itself, by modprobe; netapply starts no program, and says to do it.
-modprobe -a ip_tables ip6_tables || :

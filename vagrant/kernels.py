@@ -45,14 +45,14 @@ def page(results: list[dict[str, Any]]) -> str:
     short = ["kernel " + ".".join(each["kernel"].split(".")[:2]) for each in results]
     steps = dict.fromkeys(name for each in results for name in each["steps"])
     lacking = [
-        [backend, *(", ".join(each["missing"].get(backend, ())) or "nothing" for each in results)]
-        for backend in dict.fromkeys(name for each in results for name in each["missing"])
+        [backend, *(", ".join(each.get("missing", {}).get(backend, ())) or "nothing" for each in results)]
+        for backend in dict.fromkeys(name for each in results for name in each.get("missing", {}))
     ]
     return (
         HEAD
-        + table(COLUMNS, [[str(each[name]) for name in COLUMNS] for each in results])
+        + table(COLUMNS, [[str(each.get(name, "")) for name in COLUMNS] for each in results])
         + "\nThe system around them is "
-        + ", ".join(dict.fromkeys(each["system"] for each in results))
+        + ", ".join(dict.fromkeys(each["system"] for each in results if "system" in each))
         + ". `driver` qemu is an emulated processor.\n\n## What it did\n\n"
         + table(("", *short), [[name, *(said(each["steps"].get(name)) for each in results)] for name in steps])
         + "\n`preferred` applies a plan that names a cgroup: refused where the kernel has no match for it, and applied"

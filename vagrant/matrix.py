@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 BUILT = Path(os.environ.get("NETAPPLY_VAGRANT", HERE.parent / "build" / "vagrant")).resolve()
@@ -80,12 +81,13 @@ def check(kernel: str, words: list[str], minutes: int) -> bool:
         checked = subprocess.run([*ssh, *inside], timeout=60 * minutes, check=False).returncode
         packed = subprocess.run([*ssh, "tar", "-C", INSIDE, "-c", "."], timeout=300, check=True, stdout=subprocess.PIPE)
         subprocess.run(["tar", "-C", str(results), "-x"], input=packed.stdout, timeout=60, check=True)
-        stamp(results)
-    except (subprocess.SubprocessError, OSError) as error:
+        stamp(results, json.loads((results / "result.json").read_text()))
+    except (subprocess.SubprocessError, OSError, ValueError) as error:
         console = BUILT / "run" / f"console-{kernel}.txt"
         if console.exists():
             shutil.copy(console, results / "console.txt")
         said = [*_last_lines(results / "up.txt"), *_last_lines(results / "console.txt")]
+        stamp(results, {"kernel": kernel, "steps": {"machine": {"state": "failed", "said": str(error)}}})
         print(f"{name}: {error}", *said, sep="\n  ", flush=True)
         return False
     finally:
@@ -94,12 +96,11 @@ def check(kernel: str, words: list[str], minutes: int) -> bool:
     return not checked
 
 
-def stamp(results: Path) -> None:
-    """When, and how the machine was run."""
-    path = results / "result.json"
+def stamp(results: Path, result: dict[str, Any]) -> None:
+    """Write result.json, with when it was and how the machine was run."""
     today = dt.datetime.now(dt.UTC).date().isoformat()
     known = {"date": today, "driver": os.environ["NETAPPLY_DRIVER"]}
-    path.write_text(json.dumps({**known, **json.loads(path.read_text())}, indent=1) + "\n")
+    (results / "result.json").write_text(json.dumps({**known, **result}, indent=1) + "\n")
 
 
 def _said(command: list[str]) -> str:

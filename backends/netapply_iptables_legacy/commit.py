@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 from netapply.errors import GenerationChanged
 from netapply_iptables_legacy.encode import NEW, ReplaceTables
 from netapply_iptables_legacy.snapshot import LegacySnapshot
-from netapply_iptables_legacy.sockopt import COUNTERS_SIZE, Blob, add_counters, get_info, replace
-from netapply_iptables_legacy.tables import Seen, known_table, read_table
+from netapply_iptables_legacy.sockopt import COUNTERS_SIZE, add_counters, replace, replacement, table_names
+from netapply_iptables_legacy.tables import Seen, read_table
 from netapply_wire.ipset import CreateSet, DestroySet, commit_set, set_index
 from netapply_wire.refusals import refused
 from netapply_wire.xtables import SET_INDEX
 from netapply_wire.xtables_lock import XtablesLock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from netapply.backend import Step
     from netapply.errors import KernelError
     from netapply.kernel import Kernel
     from netapply_iptables_legacy.encode import ReplaceTable
-    from netapply_iptables_legacy.tables import KernelTable
+    from netapply_iptables_legacy.sockopt import Place
 
 _NO_COUNTERS = bytes(COUNTERS_SIZE)
 _CAUSES = {
@@ -51,62 +51,56 @@ def commit_tables(kernel: Kernel, tables: Sequence[ReplaceTable]) -> None:
     the lock and the comparison of the whole content are for. Nothing lies between one exchange and the next, so that
     who is killed there, which nobody can prevent, is killed in the microseconds of one system call.
     """
-    blobs = [_with_sets(kernel, each) for each in tables]
+    requests = [_with_sets(kernel, each) if each.sets else each.request for each in tables]
+    last = LegacySnapshot.last(kernel)
+    seen: Mapping[Place, Seen] = last.seen if last else {}
     with XtablesLock(kernel.lock_timeout):
         for each in tables:
-            _prove_unchanged(kernel, each)
+            _prove_unchanged(kernel, each, seen)
         counted: list[bytes] = []
         try:
-            for each, blob in zip(tables, blobs, strict=True):
-                counted.append(_exchange(kernel, each, blob))
+            for each, request in zip(tables, requests, strict=True):
+                counted.append(_exchange(kernel, each, request))
         except BaseException:
             for each, counters in reversed([*zip(tables, counted, strict=False)]):
                 _put_back(kernel, each, counters)
             raise
         for each, counters in zip(tables, counted, strict=True):
-            _restore_counters(kernel, each, each.carry, counters)
-    LegacySnapshot.expect(kernel, tuple(map(_expected, tables, blobs)))
+            if counters.strip(b"\0"):
+                _restore_counters(kernel, each, each.carry, counters)
+    if last:
+        last.expect(kernel, tuple(each.after for each in tables))
 
 
-def _with_sets(kernel: Kernel, table: ReplaceTable) -> Blob:
-    if not table.sets:
-        return table.after
-    data = bytearray(table.after.data)
+def _with_sets(kernel: Kernel, table: ReplaceTable) -> bytes:
+    request = bytearray(table.request)
+    start = len(request) - len(table.after.data)
     for offset, name in table.sets:
-        SET_INDEX.pack_into(data, offset, set_index(kernel, name))
-    return table.after._replace(data=bytes(data))
+        SET_INDEX.pack_into(request, start + offset, set_index(kernel, name))
+    return bytes(request)
 
 
-def _prove_unchanged(kernel: Kernel, table: ReplaceTable) -> None:
-    before, last = table.before, LegacySnapshot.last(kernel)
-    try:
-        if table.created:
-            get_info(kernel, before.family, before.name)  # which creates it
-    except OSError as error:
-        raise _failure(table, error) from error
-    seen = last.seen.get((before.family, before.name)) if last else None
-    seen = seen or Seen(before, b"")
+def _prove_unchanged(kernel: Kernel, table: ReplaceTable, last: Mapping[Place, Seen]) -> None:
+    before = table.before
+    if table.created and before.name not in table_names(kernel, before.family):
+        return  # the replacement creates it first, and the kernel compares the number of entries
+    seen = last.get((before.family, before.name)) or Seen(before, b"")
     if not read_table(kernel, before.family, before.name, seen).table.is_like(before):
         raise _changed(table, "somebody changed it after it was read")
 
 
-def _exchange(kernel: Kernel, table: ReplaceTable, blob: Blob) -> bytes:
+def _exchange(kernel: Kernel, table: ReplaceTable, request: bytes) -> bytes:
     try:
-        return replace(kernel, table.before.family, table.before.name, blob, table.before.info.entries)
+        return replace(kernel, table.before.family, request, table.before.info.entries)
     except OSError as error:
         raise _failure(table, error) from error
 
 
-def _expected(table: ReplaceTable, blob: Blob) -> KernelTable:
-    return known_table(table.before.family, table.before.name, blob.info, blob.data)
-
-
 def _put_back(kernel: Kernel, table: ReplaceTable, counters: bytes) -> None:
     """As it was before it was exchanged, and what it has counted, too."""
-    before = table.before
-    blob = Blob(before.info, before.data, before.offsets)
+    before, entries = table.before, table.after.info.entries
     try:
-        replace(kernel, before.family, before.name, blob, table.after.info.entries)
+        replace(kernel, before.family, replacement(before.name, before.info, before.data, entries), entries)
     except OSError as error:
         raise _failure(table, error) from error
     _restore_counters(kernel, table, range(before.info.entries), counters)
@@ -114,8 +108,6 @@ def _put_back(kernel: Kernel, table: ReplaceTable, counters: bytes) -> None:
 
 def _restore_counters(kernel: Kernel, table: ReplaceTable, carry: Sequence[int], old: bytes) -> None:
     """`carry` has for each entry that stands now the place among the old ones whose counters it takes over, or NEW."""
-    if not any(old):
-        return
     counters = [
         _NO_COUNTERS if origin == NEW else old[origin * COUNTERS_SIZE : (origin + 1) * COUNTERS_SIZE]
         for origin in carry

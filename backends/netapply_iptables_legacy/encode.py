@@ -22,7 +22,7 @@ from netapply_iptables_legacy.entries import (
 )
 from netapply_iptables_legacy.rules import encode_rule
 from netapply_iptables_legacy.snapshot import LegacySnapshot, Part
-from netapply_iptables_legacy.sockopt import ORDER
+from netapply_iptables_legacy.sockopt import ORDER, replacement
 from netapply_iptables_legacy.tables import known_table
 from netapply_wire.ipset import CreateSet, DestroySet
 from netapply_wire.iptables_save import BUILT_IN
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from netapply.backend import Snapshot
     from netapply.ruleset import Chain, Family, Rule, Table
     from netapply_iptables_legacy.snapshot import Content
-    from netapply_iptables_legacy.sockopt import Blob, Place
+    from netapply_iptables_legacy.sockopt import Place
     from netapply_iptables_legacy.tables import KernelTable
 
 NEW = -1
@@ -42,14 +42,15 @@ NEW = -1
 class ReplaceTable(NamedTuple):
     """One table exchanged.
 
-    `before` is what it was computed from, `created` says that there was no such table. `carry` has for each entry of
-    `after` the place of the old entry whose counters it takes over, or NEW. `sets` are the places in `after` where the
-    index of a set goes: (offset, name).
+    `before` is what it was computed from, `created` says that there was no such table. `request` is what is sent for
+    `after`. `carry` has for each entry of that the place of the old entry whose counters it takes over, or NEW. `sets`
+    are the places in it where the index of a set goes: (offset, name).
     """
 
     before: KernelTable
     created: bool
-    after: Blob
+    after: KernelTable
+    request: bytes
     carry: tuple[int, ...]
     sets: tuple[tuple[int, str], ...]
 
@@ -123,8 +124,10 @@ def _replace(current: Content, place: Place, wanted: Table | None) -> ReplaceTab
         return None
     _refuse_foreign_jumps(place, parts)
     blocks = [Block(chain.name, chain.hook, 0, tuple(each.entry for each in chain.entries)) for chain in new]
-    after = assemble(family, blocks)
-    return ReplaceTable(before, table is None, after, *_counters_and_sets(new, after))
+    blob = assemble(family, blocks)
+    after = known_table(family, name, blob.info, blob.data)
+    request = replacement(name, blob.info, blob.data, before.info.entries)
+    return ReplaceTable(before, table is None, after, request, *_counters_and_sets(new, after))
 
 
 class _NewChain(NamedTuple):
@@ -242,7 +245,9 @@ def _refuse_foreign_jumps(place: tuple[Family, str], parts: Sequence[Part]) -> N
                 )
 
 
-def _counters_and_sets(chains: Sequence[_NewChain], after: Blob) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
+def _counters_and_sets(
+    chains: Sequence[_NewChain], after: KernelTable
+) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
     carry: list[int] = []
     sets: list[tuple[int, str]] = []
     for chain in chains:

@@ -220,13 +220,10 @@ class LegacySnapshot:
         """Look for everything anew the next time, sets too."""
         kernel.memory.pop(MEMORY, None)
 
-    @classmethod
-    def expect(cls, kernel: Kernel, tables: tuple[KernelTable, ...]) -> None:
-        """Remember that these are to be found the next time: how large they are, and nothing that is believed."""
-        last = cls.last(kernel)
-        if last is not None:
-            found: dict[Place, Seen] = {(table.family, table.name): Seen(table, b"") for table in tables}
-            kernel.memory[MEMORY] = cls(last.content, {**last.seen, **found})
+    def expect(self, kernel: Kernel, tables: tuple[KernelTable, ...]) -> None:
+        """Remember that after this one these are to be found: how large they are, and nothing that is believed."""
+        found: dict[Place, Seen] = {(table.family, table.name): Seen(table, b"") for table in tables}
+        kernel.memory[MEMORY] = LegacySnapshot(self.content, {**self.seen, **found})
 
     @property
     def ruleset(self) -> Ruleset | None:

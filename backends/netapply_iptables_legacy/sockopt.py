@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import errno
 import struct
+from contextlib import suppress
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from netapply.errors import ConflictError
@@ -31,6 +33,7 @@ SO_GET_REVISION_TARGET: dict[Family, int] = {"ip": 67, "ip6": 69}
 HOOKS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")  # enum nf_inet_hooks
 #: The tables that we write into, in the order in which they are put up: what captures comes last.
 ORDER = ("raw", "mangle", "filter", "nat")
+MODULES: dict[Family, str] = {"ip": "ip_tables", "ip6": "ip6_tables"}
 NAMES_FILE: dict[Family, str] = {"ip": "net/ip_tables_names", "ip6": "net/ip6_tables_names"}
 
 _INFO = struct.Struct("=32sI5I5III")  # ipt_getinfo
@@ -83,8 +86,12 @@ def get_info(kernel: Kernel, family: Family, table: str) -> Info:
 
 def get_entries(kernel: Kernel, family: Family, table: str, size: int) -> bytes:
     """GET_ENTRIES. Raises OSError: EAGAIN where the table's size is another one by now."""
-    request = _GET_ENTRIES.pack(table.encode(), size) + bytes(size)
-    return kernel.getsockopt(family, SO_GET_ENTRIES, request)[_GET_ENTRIES.size :]
+    return kernel.getsockopt(family, SO_GET_ENTRIES, _question(table, size))[_GET_ENTRIES.size :]
+
+
+@lru_cache(32)
+def _question(table: str, size: int) -> bytes:
+    return _GET_ENTRIES.pack(table.encode(), size) + bytes(size)
 
 
 def read_info(kernel: Kernel, family: Family, table: str) -> Info:
@@ -108,17 +115,20 @@ def read_entries(kernel: Kernel, family: Family, table: str) -> tuple[Info, byte
     raise ConflictError(f"somebody keeps changing table {family} {table} while it is read")
 
 
-def replace(kernel: Kernel, family: Family, table: str, blob: Blob, before: int) -> bytes:
+def replacement(table: str, info: Info, data: bytes, before: int) -> bytes:
+    """What `replace` sends to put these entries in the place of `before` ones; they are its end. Pure."""
+    head = _REPLACE.pack(
+        table.encode(), info.valid_hooks, info.entries, info.size, *info.hook_entry, *info.underflow, before
+    )
+    return head + data
+
+
+def replace(kernel: Kernel, family: Family, request: bytes, before: int) -> bytes:
     """SET_REPLACE a table that has `before` entries; returns their counters, up to the moment of the exchange.
 
     Raises OSError: EAGAIN where the number of entries is another one by now.
     """
-    info = blob.info
-    head = _REPLACE.pack(
-        table.encode(), info.valid_hooks, info.entries, info.size, *info.hook_entry, *info.underflow, before
-    )
-    scratch = Scratch(_COUNTERS_POINTER, before * COUNTERS_SIZE)
-    return kernel.setsockopt(family, SO_SET_REPLACE, head + blob.data, scratch)
+    return kernel.setsockopt(family, SO_SET_REPLACE, request, Scratch(_COUNTERS_POINTER, before * COUNTERS_SIZE))
 
 
 def add_counters(kernel: Kernel, family: Family, table: str, counters: Sequence[bytes]) -> None:
@@ -127,10 +137,29 @@ def add_counters(kernel: Kernel, family: Family, table: str, counters: Sequence[
     kernel.setsockopt(family, SO_SET_ADD_COUNTERS, head + b"".join(counters))
 
 
+def _load(module: str) -> None:
+    """Have the kernel load a module, as it does for the name of an interface that it does not know.
+
+    net/core/dev_ioctl.c, dev_load: it takes CAP_SYS_MODULE. Other modules come when a socket option or message asks for
+    what they have; these two register the socket options, and the tools of iptables start modprobe for them.
+    """
+    from socket import if_nametoindex
+
+    with suppress(OSError):  # there is no such interface; whether there is a module shows when asked again
+        if_nametoindex(module)
+
+
 def has_extension(kernel: Kernel, family: Family, option: dict[Family, int], name: str, revision: int) -> bool:
     """Whether the kernel has a match or target in this revision. It may load a module. Raises KernelError."""
+    question = _REVISION.pack(name.encode(), revision)
     try:
-        kernel.getsockopt(family, option[family], _REVISION.pack(name.encode(), revision))
+        try:
+            kernel.getsockopt(family, option[family], question)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:  # ip_tables or ip6_tables itself is not loaded
+                raise
+            kernel.inside(partial(_load, MODULES[family]))
+            kernel.getsockopt(family, option[family], question)
     except OSError as error:
         # ENOENT: no such extension; EPROTONOSUPPORT: not in this revision
         if error.errno in (errno.ENOENT, errno.EPROTONOSUPPORT):

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 from netapply.kernel import Kernel
-from netapply.ruleset import FAMILIES, Family
+from netapply.ruleset import Family
 from netapply.values import NamedTuple
 from netapply_iptables_nft.builtin import BUILT_IN, TABLES
 from netapply_wire.expressions import (
@@ -139,9 +139,8 @@ def detect_chains(kernel: Kernel) -> tuple[str, ...]:
     """The names of all chains in the tables. Raises KernelError."""
     return tuple(
         text(each.attributes[NFTA_CHAIN_NAME])
-        for family in FAMILIES
-        for each in map(parse_message, dump(kernel, NFT_MSG_GETCHAIN, NFPROTO[family]))
-        if text(each.attributes[NFTA_CHAIN_TABLE]) in BUILT_IN
+        for each in map(parse_message, dump(kernel, NFT_MSG_GETCHAIN, 0))  # of all families in one go
+        if each.family in _FAMILIES and text(each.attributes[NFTA_CHAIN_TABLE]) in BUILT_IN
     )
 
 

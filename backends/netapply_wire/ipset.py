@@ -68,6 +68,7 @@ _ERROR = struct.Struct("=i")
 #: One element, DATA {IP {IPADDR_IPV4 or _IPV6}, CIDR}, and the lengths and types of its first three attributes. What
 #: is sent has to say that the address is in network order; what comes back does not say it (since 4.1).
 _ELEMENT = {"ip": struct.Struct("=6H4s2HB3x"), "ip6": struct.Struct("=6H16s2HB3x")}
+_HEADS, _TAIL = struct.Struct("=6H"), struct.Struct("=2HB3x")  # … before and behind the address
 _NESTED = 0x8000  # NLA_F_NESTED
 _DUMPED = {
     "ip": (24, ATTR_DATA | _NESTED, 12, DATA_IP | _NESTED, 8, 1),
@@ -119,7 +120,7 @@ class Listed(NamedTuple):
         size = _ELEMENT[wanted.family].size
         found = {data[at : at + size] for data in self.raw for at in range(0, len(data), size)}
         # By their bytes is five times faster than decoded, but a kernel may spell them in another way.
-        return found == set(_pack(wanted.family, elements, _DUMPED[wanted.family])) or {
+        return found == set(_pack(elements, _DUMPED[wanted.family])) or {
             each for data in self.raw for each in _elements(wanted.family, data)
         } == {(cidr, True) for cidr in elements}
 
@@ -183,7 +184,7 @@ def _create(kernel: Kernel, step: CreateSet) -> None:
 
 
 def _change(kernel: Kernel, label: str, command: int, owner: NamedSet, elements: Sequence[Cidr]) -> None:
-    encoded = _pack(owner.family, elements, _SENT[owner.family])
+    encoded = _pack(elements, _SENT[owner.family])
     for start in range(0, len(encoded), CHUNK):
         body = string(ATTR_NAME, owner.name) + nested(ATTR_ADT, *encoded[start : start + CHUNK]) + _u32(ATTR_LINE, 0)
         _request(kernel, label, command, owner.family, body)
@@ -288,10 +289,12 @@ def _join(elements: list[Cidr]) -> tuple[Cidr, ...]:
     return tuple(sorted(elements))
 
 
-def _pack(family: Family, elements: Iterable[Cidr], heads: tuple[int, ...]) -> list[bytes]:
+def _pack(elements: Iterable[Cidr], heads: tuple[int, ...]) -> list[bytes]:
     """Each as an element of a list of elements."""
-    pack = _ELEMENT[family].pack
-    return [pack(*heads, packed, 5, DATA_CIDR, prefix) for packed, prefix in elements]
+    # Joined from what is the same in most of them: half the time that packing each takes.
+    head = _HEADS.pack(*heads)
+    tails = [_TAIL.pack(5, DATA_CIDR, prefix) for prefix in range(129)]
+    return [head + packed + tails[prefix] for packed, prefix in elements]
 
 
 def _elements(family: Family, data: bytes) -> Iterator[tuple[Cidr, bool]]:

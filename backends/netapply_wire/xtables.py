@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from functools import lru_cache
 from typing import TYPE_CHECKING, assert_never
 
 from netapply.errors import DecodeError, UnsupportedError
@@ -147,6 +148,7 @@ def match_extension(match: Match, protocol: int) -> Extension | None:
             assert_never(match)
 
 
+@lru_cache(maxsize=2048)
 def _port_extension(match: PortMatch, protocol: int) -> Extension:
     ranges, source = match.ranges, match.side == "src"
     # A full range in xt_tcp says nothing of its side, so that one is written as multiport too.
@@ -182,6 +184,10 @@ def decode_match(ext: Extension, sets: Mapping[int, str] = {}) -> Match:
 
     Raises DecodeError for an extension that `match_extension` does not write.
     """
+    return _decode(ext, sets) if ext.name == "set" else _known(ext)
+
+
+def _decode(ext: Extension, sets: Mapping[int, str] = {}) -> Match:
     try:
         found = _parse_match(ext, sets)
         again = None if found is None else match_extension(found, PROTOCOL_OF.get(ext.name, 6))
@@ -190,6 +196,10 @@ def decode_match(ext: Extension, sets: Mapping[int, str] = {}) -> Match:
     if found is None or again is None or not _same(ext, again):
         raise DecodeError(f"match {ext.name} revision {ext.revision}: not one of ours")
     return found
+
+
+#: The same tests come in both families, and again in each read-back.
+_known = lru_cache(maxsize=2048)(_decode)
 
 
 def _parse_match(ext: Extension, sets: Mapping[int, str]) -> Match | None:

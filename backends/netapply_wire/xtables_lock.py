@@ -22,6 +22,7 @@ DEFAULT_PATH = "/run/xtables.lock"  # XT_LOCK_NAME of iptables
 
 #: Seconds between attempts. iptables itself waits a second; its own changes take some milliseconds.
 PAUSE = 0.002
+_AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 
 class XtablesLock:
@@ -35,7 +36,10 @@ class XtablesLock:
     def __enter__(self) -> Self:
         self._fd = _open(self._path)
         try:
-            self._acquire()
+            try:
+                fcntl.flock(self._fd, _AT_ONCE)
+            except OSError:
+                self._wait()
         except BaseException:
             self._release()
             raise
@@ -46,11 +50,11 @@ class XtablesLock:
     ) -> None:
         self._release()
 
-    def _acquire(self) -> None:
+    def _wait(self) -> None:
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._fd, _AT_ONCE)
             except OSError as failure:
                 if failure.errno not in (errno.EAGAIN, errno.EINTR):
                     raise LockError(f"xtables lock {self._path}: {failure.strerror}") from failure

@@ -14,13 +14,13 @@ import structlog
 
 from netapply.agent import store
 from netapply.agent.desired import Desired, Request
-from netapply.agent.events import Event, FileRejected, PlanChanged, Unconfirmed, Vanished
+from netapply.agent.events import Event, FileRejected, PlanChanged, Recovered, Unconfirmed, Vanished
 from netapply.agent.held import Held, Wanted
 from netapply.agent.inotify import Inotify
+from netapply.agent.interrupted import resolve_interrupted
 from netapply.agent.keeper import Keeper
 from netapply.agent.model import STATES, AgentConfig, Metrics, NamespaceStatus, Target
 from netapply.agent.places import Place, find_place
-from netapply.agent.planfiles import PlanFile, Selector
 from netapply.agent.subscribers import Subscribers
 from netapply.agent.tally import Tally
 from netapply.agent.watchers import Watchers
@@ -82,10 +82,12 @@ class Agent:
             self._read_files()
             self._watch()
             self._resolve()
+            await self._resolve_interrupted()
             await asyncio.gather(*(keeper.settled() for keeper in self._keepers.values()))
             self._loop.add_reader(self._inotify.fileno(), self._names_changed)
             self._names_changed()
             self._spawn(self._look_around())
+            self._spawn(self._save())
         except BaseException:
             await self._close()
             raise
@@ -127,12 +129,13 @@ class Agent:
         backend: str = "auto",
         layout: str = "netapply",
         confirm_within: float = 0.0,
+        reason: str = "",
     ) -> Result:
         """Make the namespace hold `plan`, now and from now on, also after a restart of the agent.
 
         With `confirm_within`, in seconds, what was before comes back unless `confirm` is called in time. Raises
         NetapplyError, and what was wanted before stays in force; cancelled, likewise. A namespace of which a plan file
-        speaks is refused.
+        speaks is refused. `reason` is for the history.
         """
         named = _target(target)
         keeper, new = self._keeper_for(named)
@@ -141,7 +144,7 @@ class Agent:
         wanted = Wanted(self._shared(mark, plan), backend, layout, mark, "api", named.fail)
         try:
             self._refuse_filed(keeper)
-            result = await keeper.apply(wanted)
+            result = await keeper.apply(wanted, reason)
         except BaseException:
             if new:
                 await self._drop(keeper)
@@ -170,16 +173,21 @@ class Agent:
         keeper.confirm_by = 0.0
         await self._save()
 
-    async def remove(self, target: str | int | Target) -> Result:
+    async def remove(self, target: str | int | Target, *, reason: str = "") -> Result:
         """Take down what is ours in the namespace, and keep it no more. Raises NetapplyError."""
         keeper, _ = self._keeper_for(_target(target))
         self._refuse_filed(keeper)
         try:
-            result = await keeper.remove()
+            return await keeper.remove(reason)
+        except NamespaceError:
+            if keeper.wanted is None:
+                raise
+            keeper.wanted = None  # it is gone, and so is all that was ours there
+            return Result(changed=False, backend="", reason="the namespace is gone")
         finally:
             if keeper.wanted is None:
                 await self._forget(keeper)
-        return result
+                self._resolve()  # a plan file may speak of it, too
 
     async def register(self, target: str | int | Target) -> None:
         """Make a namespace and its labels known, for plan files that select by label. Raises NetapplyError."""
@@ -353,25 +361,19 @@ class Agent:
         kept, said = store.load(self.config.state)
         if said:
             _log.error("desired state was not read", reason=said)
-        self._desired.files.update((file.path, file) for file in kept.files)
-        for asked in kept.asked:
-            try:
-                place = self._kept_place(asked.key, asked.spec)
-            except NamespaceError as error:
-                _log.warning("a namespace is not there any more", key=asked.key, reason=str(error))
-                continue
-            wanted = asked.file.wanted if asked.file else None
-            if wanted is not None:
-                wanted = wanted._replace(source="api", plan=self._shared(wanted.fingerprint, wanted.plan))
-            self._desired.requests[place.key] = Request(place, asked.labels, wanted)
-            self._add(place, asked.labels)
+        for key, reason in self._desired.restore(kept, self._kept):
+            _log.warning("a namespace is not there any more", key=key, reason=reason)
+        for request in self._desired.requests.values():
+            self._add(request.place, request.labels)
 
-    def _kept_place(self, key: str, spec: str) -> Place:
-        if spec:
-            return find_place(spec)
-        if key not in self._kept:
-            raise NamespaceError("its descriptor was not kept")
-        return find_place(self._kept[key])
+    async def _resolve_interrupted(self) -> None:
+        kept = {keeper.place.path for keeper in self._keepers.values()}
+        for name, said in await self.workers.run(
+            lambda: resolve_interrupted(self.journal, kept, self.config.lock_timeout)
+        ):
+            self.tally.recoveries += 1
+            self.tell(Recovered(name, time.time(), said))
+            _log.warning("an interrupted run", namespace=name, said=said)
 
     def _read_files(self) -> None:
         for path, mark, faults in self._desired.read_files():
@@ -400,17 +402,6 @@ class Agent:
             if keeper.wanted is None and keeper.place.key not in self._desired.requests:
                 await self._drop(keeper)
 
-    def _kept_state(self) -> store.Kept:
-        asked: list[store.Asked] = []
-        for key, (place, labels, wanted) in self._desired.requests.items():
-            if place.process:
-                continue  # its pid may be another's the next time
-            trial = self._trials.get(key)
-            meant = trial.before if trial else wanted
-            file = PlanFile("api", (Selector("path", key),), meant) if meant else None
-            asked.append(store.Asked(key, place.path, dict(labels), file))
-        return store.Kept(tuple(self._desired.files.values()), tuple(asked))
-
     async def _save(self) -> None:
         """Write what should be to the disk. Several who ask at once wait for one write."""
         if not self.config.state:
@@ -419,7 +410,8 @@ class Agent:
         mine = self._changed
         async with self._saving:
             if self._saved < mine:
-                upto, kept = self._changed, self._kept_state()
+                before = {key: trial.before for key, trial in self._trials.items()}
+                upto, kept = self._changed, self._desired.kept(before)
                 await self.workers.run(lambda: store.save(self.config.state, kept))
                 self._saved = upto
 
@@ -471,6 +463,7 @@ class Agent:
                 for keeper in self._keepers.values()
                 if keeper.place.path and os.path.dirname(keeper.place.path) not in watched and not keeper.busy
             )
+            self._look_for_late_ones()
             due = [keeper for keeper in self._keepers.values() if keeper.held and not keeper.busy]
             due = [keeper for keeper in due if begun - keeper.looked >= keeper.due_for_look - 0.001]
             for first in range(0, len(due), _CHUNK):
@@ -478,6 +471,12 @@ class Agent:
             await self.workers.run(time.monotonic)  # a tick means that the workers work
             self.tally.ticked = time.monotonic()
             await asyncio.sleep(max(0.0, self.config.poll - (time.monotonic() - begun)))
+
+    def _look_for_late_ones(self) -> None:
+        """Names that are there, and were not mounted on when they were made."""
+        for keeper in self._keepers.values():
+            if keeper.state == "gone" and not keeper.busy and os.path.exists(keeper.place.path):
+                keeper.appeared()
 
     async def _look_at(self, keepers: list[Keeper]) -> None:
         begun = time.monotonic()

@@ -16,16 +16,15 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import urlsplit
 
 import structlog
 
+from netapply.agent.asked import Asked, label, plan_words, reason_of, refused, understand
 from netapply.agent.endpoints import (
     EVENT_VERSION,
     JSON_LINES,
-    LONGEST_CONFIRM,
     METRICS_TEXT,
-    Endpoint,
     find_endpoint,
 )
 from netapply.agent.events import Event
@@ -34,11 +33,9 @@ from netapply.agent.model import AgentConfig, FailMode, Metrics, NamespaceStatus
 from netapply.agent.places import find_place
 from netapply.agent.policy import Meter, Peer, Policy
 from netapply.agent.prometheus import Decisions, exposition
-from netapply.compiler import LAYOUTS
 from netapply.documents import LIMITS, Format
 from netapply.errors import (
     ConflictError,
-    Fault,
     LockError,
     NamespaceError,
     NetapplyError,
@@ -50,7 +47,6 @@ from netapply.nsfs import open_source
 from netapply.plan import CapturePlan
 from netapply.planfile import load_plan
 from netapply.results import RESULT_VERSION, Result, RuleCounter
-from netapply.values import NamedTuple
 
 _log = structlog.stdlib.get_logger("netapply.agent")
 _FORMATS: Mapping[str, Format] = {
@@ -66,7 +62,8 @@ _STATUS: tuple[tuple[type[NetapplyError], int], ...] = (
     (ConflictError, 409),
     (LockError, 503),
 )
-_MOST_WORDS = 64
+#: Namespaces that are told without a pause: a millisecond's worth.
+_CHUNK = 32
 #: A loop that has not come round for so many seconds, or so many polls, is stuck.
 _STUCK, _STUCK_POLLS = 10.0, 5
 
@@ -77,9 +74,9 @@ class AgentLike(Protocol):
     config: AgentConfig
 
     async def apply(
-        self, target: Target, plan: CapturePlan, *, backend: str, layout: str, confirm_within: float
+        self, target: Target, plan: CapturePlan, *, backend: str, layout: str, confirm_within: float, reason: str
     ) -> Result: ...
-    async def remove(self, target: Target) -> Result: ...
+    async def remove(self, target: Target, *, reason: str) -> Result: ...
     async def confirm(self, target: Target) -> None: ...
     async def register(self, target: Target) -> None: ...
     async def unregister(self, target: Target) -> None: ...
@@ -88,15 +85,6 @@ class AgentLike(Protocol):
     def status(self) -> tuple[NamespaceStatus, ...]: ...
     def events(self) -> AsyncIterator[Event]: ...
     def metrics(self) -> Metrics: ...
-
-
-class _Asked(NamedTuple):
-    """A request, understood: `namespace` is decoded, `query` holds what is known of it alone."""
-
-    endpoint: Endpoint
-    namespace: str
-    query: Mapping[str, list[str]]
-    request: Request
 
 
 class Application:
@@ -141,7 +129,7 @@ class Application:
 
         async def work(request: Request) -> Response:
             try:
-                asked = _understand(endpoint, encoded, url.query, request)
+                asked = understand(endpoint, encoded, url.query, request)
                 return await _FUNCTIONS[endpoint.name](self, asked)
             except NetapplyError as error:
                 return _failure(endpoint.name, error)
@@ -157,73 +145,85 @@ class Application:
 
     # --- the endpoints ---------------------------------------------------------------------------------------
 
-    async def status(self, _: _Asked) -> Response:
-        return _document("status", {"namespaces": self._agent.status()})
+    async def status(self, _: Asked) -> Response:
+        # One by one: a heal must not wait for somebody who looks at a thousand namespaces.
+        found: list[bytes] = []
+        for index, each in enumerate(self._agent.status()):
+            found.append(json.dumps(plain(each)).encode())
+            if index % _CHUNK == 0:
+                await asyncio.sleep(0)
+        empty = _document("status", {"namespaces": []})
+        return empty._replace(body=empty.body.replace(b"[]", b"[" + b",".join(found) + b"]"))
 
-    async def status_of(self, asked: _Asked) -> Response:
-        found = [each for each in self._agent.status() if asked.namespace in (each.name, each.path)]
-        if not found:
-            raise NamespaceError(f"the agent does not know {asked.namespace}", next_step="see `netapply status`")
-        return _document("status", {"namespace": found[0]})
+    async def status_of(self, asked: Asked) -> Response:
+        sent = asked.request.descriptors
+        there = os.fstat(sent[0]) if asked.namespace == "fd" and sent else None
+        for each in self._agent.status():
+            file = each.identity[:2] if each.identity else None
+            if asked.namespace in (each.name, each.path) or (there and file == (there.st_dev, there.st_ino)):
+                return _document("status", {"namespace": plain(each)})
+        raise NamespaceError(f"the agent does not know {asked.namespace}", next_step="see `netapply status`")
 
-    async def apply(self, asked: _Asked) -> Response:
-        words = _plan_words(asked)
+    async def apply(self, asked: Asked) -> Response:
+        words = plan_words(asked)
         kind = asked.request.headers.get("content-type", "").partition(";")[0].strip().lower()
         plan = await asyncio.to_thread(
             load_plan, asked.request.body, format=_FORMATS.get(kind), source="<body>", limits=LIMITS
         )
         target = await self._target(asked)
         backend, layout, confirm = words
-        result = await self._agent.apply(target, plan, backend=backend, layout=layout, confirm_within=confirm)
-        return _document("apply", result._asdict())
+        result = await self._agent.apply(
+            target, plan, backend=backend, layout=layout, confirm_within=confirm, reason=reason_of(asked)
+        )
+        return _document("apply", plain(result))
 
-    async def clean(self, asked: _Asked) -> Response:
-        result = await self._agent.remove(await self._target(asked))
-        return _document("clean", result._asdict())
+    async def clean(self, asked: Asked) -> Response:
+        result = await self._agent.remove(await self._target(asked), reason=reason_of(asked))
+        return _document("clean", plain(result))
 
-    async def confirm(self, asked: _Asked) -> Response:
+    async def confirm(self, asked: Asked) -> Response:
         await self._agent.confirm(await self._target(asked))
         return _document("confirm", {})
 
-    async def reconcile(self, asked: _Asked) -> Response:
+    async def reconcile(self, asked: Asked) -> Response:
         await self._agent.reconcile(await self._target(asked))
         return _document("reconcile", {})
 
-    async def reconcile_all(self, _: _Asked) -> Response:
+    async def reconcile_all(self, _: Asked) -> Response:
         await self._agent.reconcile()
         return _document("reconcile", {})
 
-    async def register(self, asked: _Asked) -> Response:
+    async def register(self, asked: Asked) -> Response:
         await self._agent.register(await self._target(asked))
         return _document("register", {})
 
-    async def unregister(self, asked: _Asked) -> Response:
+    async def unregister(self, asked: Asked) -> Response:
         await self._agent.unregister(await self._target(asked))
         return _document("unregister", {})
 
-    async def counters(self, asked: _Asked) -> Response:
-        return _document("counters", {"rules": await self._agent.counters(asked.namespace)})
+    async def counters(self, asked: Asked) -> Response:
+        return _document("counters", {"rules": plain(await self._agent.counters(asked.namespace))})
 
-    async def events(self, asked: _Asked) -> Response:
+    async def events(self, asked: Asked) -> Response:
         only = asked.query.get("namespace", [""])[0]
         return Response(200, kind=JSON_LINES, stream=_lines(self._agent.events(), only))
 
-    async def metrics(self, _: _Asked) -> Response:
+    async def metrics(self, _: Asked) -> Response:
         await self._decisions.refresh(self._agent)
         text = exposition(self._agent.metrics(), self._decisions)
         return Response(200, text.encode(), METRICS_TEXT)
 
-    async def live(self, _: _Asked) -> Response:
+    async def live(self, _: Asked) -> Response:
         return self._stuck("live") or _document("live", {})
 
-    async def ready(self, _: _Asked) -> Response:
+    async def ready(self, _: Asked) -> Response:
         waiting = [each.name for each in self._agent.status() if each.state == "pending" and each.fingerprint]
         if waiting:
             said = f"{len(waiting)} namespaces wait for their plan, {waiting[0]} first"
             return _failure("ready", NetapplyError(said), 503)
         return self._stuck("ready") or _document("ready", {})
 
-    async def openapi(self, _: _Asked) -> Response:
+    async def openapi(self, _: Asked) -> Response:
         from netapply.agent.openapi import description
 
         return Response(200, json.dumps(description(), indent=1).encode())
@@ -236,12 +236,12 @@ class Application:
             return None
         return _failure(command, NetapplyError(f"the agent's loop has not come round for {ago:.0f} s"), 503)
 
-    async def _target(self, asked: _Asked) -> Target:
-        labels = dict(_label(each) for each in asked.query.get("label", ()))
+    async def _target(self, asked: Asked) -> Target:
+        labels = dict(label(each) for each in asked.query.get("label", ()))
         fail: FailMode = "open" if asked.query.get("fail") == ["open"] else "closed"
         sent = asked.request.descriptors
         if len(sent) > 1:
-            raise _refused("descriptors", str(len(sent)), "at most one, the namespace's")
+            raise refused("descriptors", str(len(sent)), "at most one, the namespace's")
         if asked.namespace == "fd":
             if not sent:
                 raise NamespaceError("no descriptor came with the request", next_step="send it by SCM_RIGHTS")
@@ -253,71 +253,11 @@ class Application:
         return Target(asked.namespace, labels, fail)
 
 
-_FUNCTIONS: Mapping[str, Callable[[Application, _Asked], Awaitable[Response]]] = {
+_FUNCTIONS: Mapping[str, Callable[[Application, Asked], Awaitable[Response]]] = {
     name: function
     for name, function in vars(Application).items()
     if not name.startswith("_") and name not in ("admit", "fault")
 }
-
-
-def _understand(endpoint: Endpoint, encoded: str, query: str, request: Request) -> _Asked:
-    """The names and values of a request. Raises PlanError with everything that is wrong with them."""
-    known = {each.name: each for each in endpoint.query}
-    found: dict[str, list[str]] = {}
-    faults: list[Fault] = []
-    if query.count("&") >= _MOST_WORDS:
-        raise _refused("query", "so many words", f"at most {_MOST_WORDS}")
-    for name, value in parse_qsl(query, keep_blank_values=True):
-        if name in known:
-            found.setdefault(name, []).append(value)
-        else:
-            faults.append(Fault("query", name[:80], f"known here are {', '.join(known) or 'none'}"))
-    faults += [
-        Fault(name, "more than once", "give it once")
-        for name, values in found.items()
-        if name != "label" and values[1:]
-    ]
-    namespace = unquote(encoded)
-    if "\0" in namespace or len(namespace) > 4096:
-        faults.append(Fault("namespace", "such a name", "a name, a path, pid:N or fd"))
-    if faults:
-        raise PlanError(tuple(faults))
-    return _Asked(endpoint, namespace, found, request)
-
-
-def _plan_words(asked: _Asked) -> tuple[str, str, float]:
-    """Backend, layout and the seconds to confirm in (0.0 for no trial). Raises PlanError."""
-    said = {name: values[0] for name, values in asked.query.items()}
-    faults: list[Fault] = []
-    backend, layout = said.get("backend", "auto"), said.get("layout", "netapply")
-    for name, value, known in (
-        ("layout", layout, tuple(LAYOUTS)),
-        ("fail", said.get("fail", "closed"), ("open", "closed")),
-    ):
-        if value not in known:
-            faults.append(Fault(name, value[:80], f"one of {', '.join(known)}"))
-    confirm = 0.0
-    if "confirm" in said:
-        try:
-            confirm = float(said["confirm"])
-        except ValueError:
-            confirm = -1.0
-        if not 0 < confirm <= LONGEST_CONFIRM:
-            faults.append(Fault("confirm", said["confirm"][:80], "seconds, more than 0 and at most 86400"))
-    if faults:
-        raise PlanError(tuple(faults))
-    return backend, layout, confirm
-
-
-def _label(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key and equals) or "," in text:
-        raise _refused("label", text[:80], "key=value, without a comma")
-    return key, value
-
-
-def _refused(where: str, value: str, accepted: str) -> PlanError:
-    return PlanError((Fault(where, value, accepted),))
 
 
 def _same(spec: str, fd: int) -> None:
@@ -342,7 +282,7 @@ async def _lines(events: AsyncIterator[Event], only: str) -> AsyncGenerator[byte
 
 
 def _document(command: str, body: Mapping[str, Any]) -> Response:
-    whole = {"version": RESULT_VERSION, "command": command, "ok": True, **plain(body)}
+    whole = {"version": RESULT_VERSION, "command": command, "ok": True, **body}
     return Response(200, json.dumps(whole).encode() + b"\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
+from netapply.agent import store
 from netapply.agent.held import Wanted
 from netapply.agent.places import Place, find_place
 from netapply.agent.planfiles import (
@@ -112,6 +113,31 @@ class Desired:
             for place in _places(file, labelled):
                 found.setdefault(place.key, (place, file.wanted))
         return found
+
+    def kept(self, before: Mapping[str, Wanted | None]) -> store.Kept:
+        """What is to outlast the agent. `before` is what comes back where an apply waits to be confirmed."""
+        asked: list[store.Asked] = []
+        for key, (place, labels, wanted) in self.requests.items():
+            if place.process:
+                continue  # its pid may be another's the next time
+            meant = before.get(key, wanted)
+            file = PlanFile("api", (Selector("path", key),), meant) if meant else None
+            asked.append(store.Asked(key, place.path, dict(labels), file))
+        return store.Kept(tuple(self.files.values()), tuple(asked))
+
+    def restore(self, kept: store.Kept, descriptors: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+        """Take up what was kept; the keys of those that cannot be found any more, each with the reason."""
+        lost: list[tuple[str, str]] = []
+        self.files.update((file.path, file) for file in kept.files)
+        for key, spec, labels, file in kept.asked:
+            try:
+                place = find_place(spec or descriptors[key])
+            except (NamespaceError, KeyError) as error:
+                lost.append((key, str(error) if spec else "its descriptor was not kept"))
+                continue
+            wanted = file.wanted._replace(source="api") if file else None
+            self.requests[place.key] = Request(place, labels, wanted)
+        return tuple(lost)
 
     def _selectors(self) -> Iterator[Selector]:
         for file in self.files.values():

@@ -61,18 +61,28 @@ _CONFIRM = Parameter(
     "Seconds in which to confirm, or what was before comes back.",
     {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_CONFIRM},
 )
+_REASON = Parameter("reason", "Why, for the history.", _TEXT)
 _PLAN_WORDS = (
     Parameter("backend", "The dialect; auto unless given.", _TEXT),
     Parameter("layout", "The arrangement of the rules; netapply unless given.", _TEXT),
     _FAIL,
     _CONFIRM,
     _LABEL,
+    _REASON,
 )
 _OF = (Parameter("namespace", "Only of this namespace, by the name that the status shows.", _TEXT),)
 
 ENDPOINTS = (
     Endpoint("GET", _ALL, "read", "status", "Every namespace at a glance.", {"namespaces": list[NamespaceStatus]}),
-    Endpoint("GET", _ONE, "read", "status_of", "One namespace at a glance.", {"namespace": NamespaceStatus}),
+    Endpoint(
+        "GET",
+        _ONE,
+        "read",
+        "status_of",
+        "One namespace at a glance.",
+        {"namespace": NamespaceStatus},
+        descriptors=True,
+    ),
     Endpoint(
         "PUT",
         _ONE,
@@ -85,7 +95,14 @@ ENDPOINTS = (
         descriptors=True,
     ),
     Endpoint(
-        "DELETE", _ONE, "change", "clean", "Take down all that is ours, and keep nothing.", Result, descriptors=True
+        "DELETE",
+        _ONE,
+        "change",
+        "clean",
+        "Take down all that is ours, and keep nothing.",
+        Result,
+        query=(_REASON,),
+        descriptors=True,
     ),
     Endpoint("POST", f"{_ONE}/confirm", "change", "confirm", "Keep what is on trial.", {}, descriptors=True),
     Endpoint("POST", f"{_ONE}/reconcile", "change", "reconcile", "Look now, and put it right.", {}, descriptors=True),

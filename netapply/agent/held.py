@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from netapply import core
+from netapply import core, routing
 from netapply.agent.events import Cause
 from netapply.agent.listening import listening_ports, proxy_ports
 from netapply.agent.model import FailMode
@@ -21,7 +21,6 @@ from netapply.ownership import ownership
 from netapply.plan import CapturePlan
 from netapply.remembered import remembered
 from netapply.results import Change, Result, RuleCounter
-from netapply.routing import NOTHING, Item, RoutingStep
 from netapply.ruleset import Routing, Ruleset
 from netapply.values import NamedTuple
 
@@ -87,6 +86,8 @@ class Held:
         self._watchers = watchers
         self._call = call
         self._counted = News()
+        #: What an apply left as it was, though it is not all that the plan compiles to.
+        self._doubted: tuple[Ruleset | None] | None = None
         #: Whether it is being put right at this moment.
         self.healing = False
         watchers.add(self.rules.fileno(), call)
@@ -179,9 +180,14 @@ class Held:
         return counted
 
     def bring(
-        self, wanted: Wanted, *, count_flows: bool = False, cancelled: Callable[[], bool] = lambda: False
+        self,
+        wanted: Wanted,
+        *,
+        reason: str = "",
+        count_flows: bool = False,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Brought:
-        """Make the namespace hold the plan, and prove it. Raises NetapplyError."""
+        """Make the namespace hold the plan, and prove it. `reason` is for the history. Raises NetapplyError."""
         plan = wanted.plan._replace(activation="now") if wanted.plan.activation != "now" else wanted.plan
         last = self._proven if self._proven and self._proven.wanted == wanted else None
         before = last.backend.read(self.namespace, last.owned).ruleset if last else None
@@ -194,28 +200,34 @@ class Held:
             fingerprint=wanted.fingerprint,
             count_flows=count_flows,
             cancelled=cancelled,
+            reason=reason or ("the agent healed it" if last else f"the agent: {wanted.source}"),
         )
         proven = time.monotonic()
         backend = find_backend(result.backend)
-        again = self._prove(wanted, plan, backend, believe=not result.changed)
+        again = self._prove(wanted, plan, backend, unchanged=not result.changed)
         changes: tuple[Change, ...] = ()
         if last and result.changed:
             changes = _changes(backend, before, last.desired, result.steps)
         return Brought(result, proven, last is not None and result.changed, changes, again)
 
-    def _prove(self, wanted: Wanted, plan: CapturePlan, backend: Backend, *, believe: bool) -> bool:
+    def _prove(self, wanted: Wanted, plan: CapturePlan, backend: Backend, *, unchanged: bool) -> bool:
         """Note what stands now; whether it is something else already than what was just proven."""
         missing = lacking(self.namespace, backend, plan)
         desired, _, _ = core.compiled(self.namespace, plan, backend, missing, wanted.layout)
-        if desired.routing != NOTHING and self.routing is None:
+        if desired.routing != routing.NOTHING and self.routing is None:
             self.routing = watch_routing(self.namespace)
             self._watchers.add(self.routing.fileno(), self._call)
         owned = _owned(wanted.layout, desired.ruleset)
         snapshot = backend.read(self.namespace, owned)
-        again = not believe and bool(backend.encode(snapshot, desired.ruleset))
+        again = bool(backend.encode(snapshot, desired.ruleset))
+        if again and unchanged:
+            # Somebody was at it at this very moment, or the core left out more of the plan than we know. It is the
+            # latter where an apply finds nothing to do while the same stands before and after.
+            again, self._doubted = self._doubted != (snapshot.ruleset,), (snapshot.ruleset,)
         if not again:
+            self._doubted = None
             self.generation = int(getattr(snapshot, "generation", 0))
-        self._proven = _Proven(wanted, backend, owned, desired, snapshot.ruleset)
+        self._proven = _Proven(wanted, backend, owned, desired, desired.ruleset if again else snapshot.ruleset)
         return again
 
     def holds(self) -> bool:
@@ -227,23 +239,17 @@ class Held:
         if snapshot.ruleset is not proven.ruleset and snapshot.ruleset != proven.ruleset:
             return False
         self.generation = max(self.generation, int(getattr(snapshot, "generation", 0)))
-        return all(self._is_set(name, value) for name, value in proven.desired.routing.sysctls)
-
-    def _is_set(self, name: str, value: str) -> bool:
-        try:
-            return read_sysctl(self.namespace, name).split() == value.split()
-        except KernelError:
-            return False
+        wanted = proven.desired.routing
+        return not wanted.sysctls or not routing.plan(routing.read(self.namespace, wanted), wanted)
 
     def stands(self) -> bool:
         """Whether anything of ours stands here."""
         return bool(core.live(self.namespace, journal=self._journal))
 
-    def clean(self) -> Result:
-        """Take down all that is ours. Raises NetapplyError."""
+    def clean(self, reason: str = "") -> Result:
+        """Take down all that is ours. `reason` is for the history. Raises NetapplyError."""
         self._proven = None
-        layout = "netapply"
-        return core.clean(self.namespace, layout=layout, journal=self._journal)
+        return core.clean(self.namespace, journal=self._journal, reason=reason)
 
     def counters(self, layout: str) -> tuple[RuleCounter, ...]:
         """Our live rules with their counters. Raises NetapplyError."""
@@ -267,10 +273,10 @@ def _owned(layout: str, desired: Ruleset | None) -> Owned:
 def _changes(backend: Backend, before: Ruleset | None, desired: State, steps: tuple[str, ...]) -> tuple[Change, ...]:
     """What had drifted: rules by comparison, routing by what had to be done about it."""
     wanted = _additions(desired.routing)
-    routing = tuple(Change("add", "routing", step.partition(" ")[2]) for step in steps if step in wanted)
-    return ruleset_changes(backend, before, desired.ruleset) + routing
+    beside = tuple(Change("add", "routing", step.partition(" ")[2]) for step in steps if step in wanted)
+    return ruleset_changes(backend, before, desired.ruleset) + beside
 
 
-def _additions(routing: Routing) -> frozenset[str]:
-    items: tuple[Item, ...] = (*routing.rules, *routing.routes, *routing.addresses)
-    return frozenset(RoutingStep(add=True, item=item).name for item in items)
+def _additions(wanted: Routing) -> frozenset[str]:
+    items: tuple[routing.Item, ...] = (*wanted.rules, *wanted.routes, *wanted.addresses)
+    return frozenset(routing.RoutingStep(add=True, item=item).name for item in items)

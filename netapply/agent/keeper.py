@@ -16,29 +16,15 @@ from typing import Protocol
 import structlog
 
 from netapply.agent.budget import Account
-from netapply.agent.events import (
-    Appeared,
-    Applied,
-    Cause,
-    Dormant,
-    Drifted,
-    Event,
-    Failed,
-    Healed,
-    Listening,
-    Quarantined,
-    Recovered,
-    Removed,
-    Vanished,
-)
+from netapply.agent.chronicle import Chronicle
+from netapply.agent.events import Event
 from netapply.agent.held import Attended, Brought, Held, Wanted
-from netapply.agent.listening import proxy_ports
 from netapply.agent.model import AgentConfig, NamespaceStatus, State
 from netapply.agent.places import Place
 from netapply.agent.tally import Tally
 from netapply.agent.watchers import Watchers
 from netapply.agent.workers import Workers
-from netapply.errors import LockError, NamespaceError, NetapplyError
+from netapply.errors import NamespaceError, NetapplyError
 from netapply.journal import Journal
 from netapply.nsfs import NamespaceId
 from netapply.results import Result, RuleCounter
@@ -47,6 +33,8 @@ _log = structlog.stdlib.get_logger("netapply.agent")
 
 #: Seconds after which a name that has just appeared is tried again: ip-netns(8) makes the file, then mounts on it.
 _FIRST_RETRY = 0.001
+#: Seconds between looks where the kernel tells of every change: in case that it did not.
+_SELDOM = 60.0
 
 
 class Surroundings(Protocol):
@@ -82,7 +70,7 @@ class Keeper:
         self.place = place
         self.labels = labels
         self.wanted: Wanted | None = None
-        #: What was before an apply that is yet to be confirmed, and until when (wall clock).
+        #: Until when an apply is yet to be confirmed (wall clock); 0 where none is.
         self.confirm_by = 0.0
         self.held: Held | None = None
         self.state: State = "pending"
@@ -104,25 +92,21 @@ class Keeper:
         #: Whether a plan that waits for its proxy is in force; None until somebody looked.
         self._active: bool | None = None
         self._failure: Exception | None = None
-        self._dormant_since = 0.0
-        self._open_since = 0.0
-        self._open_seconds = 0.0
-        self._last_apply = 0.0
-        self._heals = 0
-        self._last_cause: Cause | None = None
-        self._error = ""
+        self._told = Chronicle(place.name, around.tally, around.tell)
         self._closed = False
 
     # --- what is asked of it ---------------------------------------------------------------------------------
 
-    async def apply(self, wanted: Wanted) -> Result:
+    async def apply(self, wanted: Wanted, reason: str = "") -> Result:
         """Make the namespace hold `wanted` and keep it so. Raises NetapplyError; then the wish before stays."""
         stop = threading.Event()
 
         def work() -> Brought:
-            return self._opened().bring(wanted, count_flows=True, cancelled=stop.is_set)
+            return self._opened().bring(wanted, reason=reason, count_flows=True, cancelled=stop.is_set)
 
         async with self._turn:
+            if self.held is not None and not self._is_the_same(self.held):
+                self._vanish()
             if wanted.plan.activation != "now":
                 return await self._apply_waiting(wanted)
             try:
@@ -131,6 +115,7 @@ class Keeper:
                 self._introduce()
             self.wanted = wanted
             self._not_before = 0.0
+            self._due, self._deep = self._due or brought.again, self._deep or brought.again
             self._in_place(brought, "pending")
             self._kick()
             return brought.result
@@ -144,20 +129,20 @@ class Keeper:
         self._kick()
         if self.state in ("failed", "gone"):
             self.wanted = before
-            raise self._failure or NamespaceError(self._error)
+            raise self._failure or NamespaceError(self._told.error)
         backend = self.held.backend if self.held else ""
         return Result(self.state == "inplace", backend, f"activation on-listen: {self.state}")
 
-    async def remove(self) -> Result:
+    async def remove(self, reason: str = "") -> Result:
         """Take down what is ours, and keep nothing more. Raises NetapplyError."""
         async with self._turn:
             try:
-                result = await self._around.workers.run(lambda: self._opened().clean())
+                result = await self._around.workers.run(lambda: self._opened().clean(reason))
             finally:
                 self._introduce()
             self.wanted = None
             self._set("pending")
-            self._around.tell(Removed(self.place.name, time.time(), result.steps))
+            self._told.removed(result)
             return result
 
     async def withdraw(self) -> None:
@@ -193,8 +178,8 @@ class Keeper:
             finally:
                 self._introduce()
 
-    def want(self, wanted: Wanted | None) -> None:
-        """From now on the namespace should hold this; None: what a plan file put there goes."""
+    def want(self, wanted: Wanted) -> None:
+        """From now on the namespace should hold this."""
         if wanted == self.wanted:
             return
         self.wanted = wanted
@@ -239,8 +224,7 @@ class Keeper:
         if self._timer is not None:
             self._timer.cancel()
         async with self._turn:
-            self._account_open(time.monotonic())
-            self._around.tally.fail_open_seconds += self._open_seconds
+            self._around.tally.fail_open_seconds += self._told.open_seconds
             self._let_go()
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -258,11 +242,11 @@ class Keeper:
             wanted.fingerprint if wanted else "",
             self.held.backend if self.held else "",
             wanted.layout if wanted else "",
-            self._last_apply,
-            self._heals,
-            self._last_cause,
-            self.fail_open_seconds,
-            self._error,
+            self._told.last_apply,
+            self._told.heals,
+            self._told.last_cause,
+            self._told.open_seconds,
+            self._told.error,
             self.labels,
             self.confirm_by,
         )
@@ -275,14 +259,13 @@ class Keeper:
     @property
     def fail_open_seconds(self) -> float:
         """For how long capture was wanted and not in force."""
-        running = time.monotonic() - self._open_since if self._open_since else 0.0
-        return self._open_seconds + running
+        return self._told.open_seconds
 
     @property
     def due_for_look(self) -> float:
         """Seconds between looks: short where the kernel tells nothing."""
-        polls = self.held is not None and not self.held.has_news
-        return self._around.config.poll if polls else 60.0
+        polls = self.held is not None and self.held.is_silent
+        return self._around.config.poll if polls else _SELDOM
 
     @property
     def busy(self) -> bool:
@@ -294,7 +277,7 @@ class Keeper:
     def _news(self) -> None:
         """The kernel has something to tell of this namespace, or its process has ended."""
         if self.state == "quarantined":
-            self._open()
+            self._told.is_open()
         self.wake()
 
     # --- work ------------------------------------------------------------------------------------------------
@@ -307,7 +290,8 @@ class Keeper:
                     self._wake_in(wait)
                     return
                 async with self._turn:
-                    await self._attend()
+                    if not self._closed:
+                        await self._attend()
         finally:
             self._task = None
             if self._due and not self._closed and self._timer is None:
@@ -336,12 +320,12 @@ class Keeper:
         wanted, was, active = self.wanted, self.state, self._active
         if suspect and self.held is not None and not self._is_the_same(self.held):
             self._vanish()
+        if wanted is None:
+            return
         stop = threading.Event()
         deep = deep or was not in ("inplace", "dormant")
 
-        def work() -> Attended | Result | None:
-            if wanted is None:
-                return self._opened().clean() if was != "pending" else None
+        def work() -> Attended:
             return self._opened().attend(wanted, deep=deep, active=active, cancelled=stop.is_set)
 
         try:
@@ -358,27 +342,24 @@ class Keeper:
             self._introduce()
             self._done(wanted, was, done, since)
 
-    def _done(self, wanted: Wanted | None, was: State, done: Attended | Result | None, since: float) -> None:
+    def _done(self, wanted: Wanted, was: State, done: Attended, since: float) -> None:
         """Note and tell what came of it."""
-        if wanted is not self.wanted:
+        brought = done.brought
+        if wanted is not self.wanted or (brought is not None and brought.again):
             self._due = self._deep = True
-        if done is None:
+        if not self._is_awake(wanted, was, done):
             return
-        if isinstance(done, Result):
-            self._set("pending")
-            self._around.tell(Removed(self.place.name, time.time(), done.steps))
-            return
-        if wanted is None or not self._is_awake(wanted, was, done):
-            return
-        if done.brought is None:
+        if brought is None:
             self._set("inplace")
-        elif done.brought.drifted:
-            self._healed(done.brought, since)
+        elif brought.drifted:
+            self._healed(brought, since)
         else:
-            self._in_place(done.brought, was)
+            self._in_place(brought, was)
 
     def _opened(self) -> Held:
         """The namespace, opened if need be. In a worker thread. Raises NetapplyError."""
+        if self._closed:
+            raise NetapplyError(f"{self.place.name} is not kept any more")
         if self.held is not None:
             return self.held
         around, config = self._around, self._around.config
@@ -403,93 +384,50 @@ class Keeper:
 
     def _introduce(self) -> None:
         """In the loop, after work that may have opened the namespace: count what was read, and tell of a new one."""
-        held, tally = self.held, self._around.tally
-        if held is None:
+        if self.held is None:
             return
-        news = held.counted()
-        tally.notifications += news.messages
-        tally.forged += news.forged
-        tally.overruns += news.overrun
+        self._told.read(self.held)
         if self._is_new:
             self._is_new, self._retry = False, 0.0
+            self._told.appeared(self.place.path, self.held.identity.inode)
             self._watch_process()
-            self._around.tell(Appeared(self.place.name, time.time(), self.place.path, held.identity.inode))
 
     def _in_place(self, brought: Brought, was: State) -> None:
-        wanted, held, result = self.wanted, self.held, brought.result
-        if wanted is None or held is None:
-            return
-        self._due, self._deep = self._due or brought.again, self._deep or brought.again
         self._account.succeeded()
-        self._noted(result)
-        if was != "inplace" or result.changed:
-            self._last_apply = time.time()
-            tally = self._around.tally
-            tally.applies += 1
-            tally.apply_seconds.observe(result.duration)
-            name, mark, changed = self.place.name, wanted.fingerprint, result.changed
-            done = Applied(
-                name, time.time(), mark, result.backend, changed, result.duration, result.steps, result.degraded
-            )
-            self._around.tell(done)
+        if self.wanted is not None and (was != "inplace" or brought.result.changed):
+            self._told.applied(self.wanted, brought.result)
         self._set("inplace")
 
     def _healed(self, brought: Brought, since: float) -> None:
-        now, name, result, cause = time.monotonic(), self.place.name, brought.result, brought.cause
-        seconds = max(0.0, brought.proven - since)
-        tally = self._around.tally
-        tally.heals[cause.process if cause else ""] += 1
-        tally.heal_seconds.observe(seconds)
-        self._heals += 1
-        self._last_cause = cause or self._last_cause
-        self._last_apply = time.time()
-        self._due, self._deep = self._due or brought.again, self._deep or brought.again
-        self._noted(result)
-        at = time.time()
-        self._around.tell(Drifted(name, at - (now - since), brought.changes, cause))
-        self._around.tell(Healed(name, at - (now - brought.proven), cause, seconds, result.steps))
+        now, config = time.monotonic(), self._around.config
+        self._told.healed(brought, since)
         self._set("inplace")
         rest = self._account.healed(now)
         if rest:
             self._not_before = now + rest
-            reason = (
-                f"healed more than {self._around.config.budget.heals} times in {self._around.config.budget.window:g} s"
-            )
-            who = f", last because of {cause.process} ({cause.pid})" if cause else ""
-            tally.quarantines += 1
-            self._around.tell(Quarantined(name, at, at + rest, reason + who))
-            self._set("quarantined")
             self._due = self._deep = True
-            _log.warning("quarantined", namespace=name, seconds=rest, reason=reason + who)
-        elif result.backend == "iptables-nft":
-            self._not_before = now + self._around.config.settle
-
-    def _noted(self, result: Result) -> None:
-        for note in result.notes:
-            if "interrupted run" in note:
-                self._around.tally.recoveries += 1
-                self._around.tell(Recovered(self.place.name, time.time(), note))
+            self._set("quarantined")
+            self._told.quarantined(rest, config.budget.heals, config.budget.window)
+        elif brought.result.backend == "iptables-nft":
+            self._not_before = now + config.settle
 
     def _is_awake(self, wanted: Wanted, was: State, done: Attended) -> bool:
         """Note whether the proxy listens, where the plan waits for that; whether capture is up."""
         if done.listens is None:
             return True
-        now, name, poll = time.monotonic(), self.place.name, self._around.config.poll
+        poll = self._around.config.poll
         self._active = done.up
         if done.up:
-            if done.listens and self._dormant_since:
-                seconds, self._dormant_since = now - self._dormant_since, 0.0
-                self._around.tell(Listening(name, time.time(), wanted.plan.proxy.outbound_port, seconds))
+            if done.listens:
+                self._told.listening(wanted)
             if wanted.fail == "open":
                 self._wake_in(poll)
             return True
         if was != "dormant":
-            self._dormant_since = now
-            missing = ", ".join(map(str, sorted(proxy_ports(wanted.plan))))
-            self._around.tell(Dormant(name, time.time(), f"nobody listens on all of {missing}"))
+            self._told.dormant(wanted)
         self._set("dormant")
         # Who has just begun to wait is looked at often, and less and less.
-        self._wake_in(min(max(0.02, (now - self._dormant_since) / 50), poll))
+        self._wake_in(min(max(0.02, self._told.dormant_seconds() / 50), poll))
         return False
 
     # --- what can go wrong -----------------------------------------------------------------------------------
@@ -500,19 +438,15 @@ class Keeper:
         self._not_before = now + wait
         self._due = self._deep = True
         self._wake_in(wait)
-        self._error, self._failure = str(error), error
-        tally = self._around.tally
-        tally.failures += 1
-        tally.lock_failures += isinstance(error, LockError)
+        self._failure = error
         self._set("failed")
-        step = getattr(error, "next_step", "")
-        self._around.tell(Failed(self.place.name, time.time(), self._error, step, time.time() + wait))
-        _log.warning("failed", namespace=self.place.name, error=self._error, next_step=step, again_in=wait)
+        self._told.failed(error, wait)
 
     def _missing(self, error: NamespaceError) -> None:
         """It is not there, or is another one by now."""
         self._vanish()
-        self._error = str(error)
+        self._told.error = str(error)
+        self._failure = error
         if self._retry:  # its name was made a moment ago
             self._retry = min(2 * self._retry, self._around.config.poll)
             self._due = self._deep = True
@@ -524,7 +458,7 @@ class Keeper:
         held = self.held
         self._let_go()
         if held is not None:
-            self._around.tell(Vanished(self.place.name, time.time()))
+            self._told.vanished()
         self._active = None
         self._set("gone")
 
@@ -557,17 +491,9 @@ class Keeper:
     def _set(self, state: State) -> None:
         self.state = state
         if state == "inplace":
-            self._account_open(time.monotonic())
-            self._error = ""
+            self._told.is_closed()
+            self._told.error = ""
         elif state in ("dormant", "failed"):
-            self._open()
+            self._told.is_open()
         elif state in ("gone", "pending"):
-            self._account_open(time.monotonic())
-
-    def _open(self) -> None:
-        self._open_since = self._open_since or time.monotonic()
-
-    def _account_open(self, now: float) -> None:
-        if self._open_since:
-            self._open_seconds += now - self._open_since
-            self._open_since = 0.0
+            self._told.is_closed()

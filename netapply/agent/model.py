@@ -60,7 +60,7 @@ class AgentConfig(NamedTuple):
     settle: float = 0.03
     budget: Budget = Budget()
     queue: int = 1024
-    lock_timeout: float = 10.0
+    lock_timeout: float = 2.0
     host: bool = False
     socket: str = "/run/netapply-agent/control.sock"
     read_socket: str = "/run/netapply-agent/read.sock"

@@ -18,13 +18,14 @@ import fnmatch
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 from netapply.agent.held import Wanted
 from netapply.backend import BUILT_IN
 from netapply.compiler import LAYOUTS
 from netapply.documents import LIMITS, read_document
 from netapply.errors import Fault, PlanError
+from netapply.fields import is_list, is_mapping
 from netapply.nsfs import NAMED
 from netapply.planfile import dump_plan, fingerprint, format_of, load_plan, read_source
 from netapply.values import NamedTuple
@@ -70,9 +71,9 @@ def read_plan_file(path: str) -> PlanFile:
 
 def parse_plan_file(path: str, document: Any) -> PlanFile:
     """The same of a document. Raises PlanError."""
-    if not isinstance(document, dict):
+    if not is_mapping(document):
         raise PlanError((Fault(path, "not a mapping", "a plan file begins with apiVersion: netapply/v1"),))
-    rest: dict[str, Any] = {str(key): value for key, value in cast("dict[Any, Any]", document).items()}
+    rest = dict(document)
     faults: list[Fault] = []
     selectors = _selectors(rest.pop("namespaces", None), faults)
     chosen = {key: _choice(key, rest.pop(key, words[0]), faults) for key, words in _CHOICES.items()}
@@ -99,11 +100,11 @@ def dump_plan_file(file: PlanFile) -> dict[str, Any]:
 
 
 def _selectors(raw: Any, faults: list[Fault]) -> tuple[Selector, ...]:
-    if not isinstance(raw, list) or not 0 < len(cast("list[Any]", raw)) <= MANY:
+    entries = raw if is_list(raw) else []
+    if not 0 < len(entries) <= MANY:
         faults.append(Fault("namespaces", _shown(raw), f"a list of 1 to {MANY} entries, each {_SELECTOR}"))
-        return ()
     found: list[Selector] = []
-    for index, entry in enumerate(cast("list[Any]", raw)):
+    for index, entry in enumerate(entries[:MANY]):
         selector = _selector(entry)
         if selector is None:
             faults.append(Fault(f"namespaces[{index}]", _shown(entry), _SELECTOR))
@@ -113,12 +114,11 @@ def _selectors(raw: Any, faults: list[Fault]) -> tuple[Selector, ...]:
 
 
 def _selector(entry: Any) -> Selector | None:
-    items = list(cast("dict[Any, Any]", entry).items()) if isinstance(entry, dict) else []
-    if len(items) != 1:
+    if not is_mapping(entry) or len(entry) != 1:
         return None
-    key, value = items[0]
-    if key == "label" and isinstance(value, dict):
-        value = ",".join(f"{name}={text}" for name, text in cast("dict[Any, Any]", value).items())
+    key, value = next(iter(entry.items()))
+    if key == "label" and is_mapping(value):
+        value = ",".join(f"{name}={text}" for name, text in value.items())
     if key not in SELECTORS or not isinstance(value, str) or not value or "\0" in value:
         return None
     if key == "label" and not all(part.partition("=")[0] and "=" in part for part in value.split(",")):

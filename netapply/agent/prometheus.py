@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Protocol, TypeAlias
 
 from netapply.agent.model import Histogram, Metrics, NamespaceStatus
@@ -59,13 +60,11 @@ class Decisions:
                 self._seen.pop(gone, None)
             until = time.monotonic() + self._seconds
             for name in sorted(names, key=lambda name: self._looked.get(name, 0.0)):
+                self._looked[name] = time.monotonic()
+                with suppress(NetapplyError):  # it is gone, or failing: its status tells
+                    self.add(name, await agent.counters(name))
                 if time.monotonic() >= until:
                     break
-                self._looked[name] = time.monotonic()
-                try:
-                    self.add(name, await agent.counters(name))
-                except NetapplyError:
-                    continue  # it is gone, or failing: its status tells
 
     def add(self, namespace: str, rules: Iterable[RuleCounter]) -> None:
         """Count what came since the last look at this namespace."""

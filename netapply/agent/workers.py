@@ -17,8 +17,8 @@ class Workers:
     """A pool of threads; `close` waits for what runs."""
 
     def __init__(self, number: int) -> None:
-        # More threads than processors wait for the interpreter alone; the kernel's part of a batch runs beside it.
-        self._pool = ThreadPoolExecutor(number or min(4, os.cpu_count() or 1), thread_name_prefix="netapply-agent")
+        # Some more than there are processors, as one may wait for a lock that somebody holds.
+        self._pool = ThreadPoolExecutor(number or 2 + (os.cpu_count() or 1), thread_name_prefix="netapply-agent")
 
     async def run(self, work: Callable[[], T], stop: threading.Event | None = None) -> T:
         """What `work` returns or raises. Who is cancelled sets `stop`, and waits all the same for the thread."""

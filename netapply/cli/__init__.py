@@ -56,11 +56,24 @@ def _main(argv: Sequence[str]) -> int:
     except NetapplyError as error:
         printer.error(arguments.command, error)
         return error.exit_code
+    except OSError as error:  # a system call that should not fail, did
+        step = "netapply verify tells what stands; a run that had not ended was rolled back"
+        printer.error(arguments.command, NetapplyError(f"{_call(error)}: {error.strerror or error}", next_step=step))
+        return 1
     except KeyboardInterrupt:
         step = "netapply verify tells what stands; a run that had not ended was rolled back"
         printer.error(arguments.command, NetapplyError("interrupted", next_step=step))
         return 130
     return code
+
+
+def _call(error: OSError) -> str:
+    """The function that the system refused, and what it was asked about."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    name = last.tb_frame.f_code.co_qualname if last is not None else "a system call"
+    return f"{name} {error.filename}" if error.filename else name
 
 
 def _misused(argv: Sequence[str], error: UsageError) -> int:

@@ -13,6 +13,8 @@ SUMMARY = {
     "apply": "make a namespace hold a plan, or leave it as it was",
     "clean": "remove all that is ours, in every dialect, without a plan",
     "recover": "finish or undo what a killed run left, as any other command does first",
+    "rollback": "bring back the state before the last change, or an earlier one",
+    "history": "who changed what, when and why, with the result; of one namespace or of all",
     "render": "print the rules as iptables-save or nft would; touches nothing",
     "diff": "what apply would change in the live kernel (exit 0 nothing, 2 changes)",
     "verify": "whether the kernel still holds what was applied (exit 0 yes, 3 drift)",
@@ -29,6 +31,8 @@ SUMMARY = {
     "confirm": "keep what apply --confirm put on trial",
     "demo": "send real packets through a plan in throwaway namespaces, in each dialect",
     "conform": "does a backend mean what the plan says: the conformance suite, by packets in throwaway namespaces",
+    "install-unit": "write the agent's units for systemd; says what to run then, and starts nothing",
+    "doctor": "what could keep capture from working here, with evidence and a fix each (exit 0 nothing, 3 something)",
     "completion": "print a completion script for a shell",
     "istio-iptables": "what istio-iptables does, by the same flags and variables, in one transaction",
     "istio-clean-iptables": "remove what any version of Istio or netapply left, in every dialect",
@@ -76,6 +80,11 @@ def build_parser(*, lean: bool = False) -> argparse.ArgumentParser:
     demo.add_argument("--mode", choices=("redirect", "tproxy", "both"), default="both", help="inbound mode")
     demo.add_argument("--keep", action="store_true", help="leave the namespaces, with the rules, to look around")
     _conform(_command(commands, "conform"))
+    _install(_command(commands, "install-unit"))
+    doctor = _command(commands, "doctor")
+    words.namespace(doctor)
+    doctor.add_argument("plan", nargs="?", metavar="PLAN", help="a plan file: also what it needs and whom it exempts")
+    doctor.add_argument("--report", metavar="FILE", help="write a tarball of all that a bug report needs, redacted")
     completion = _command(commands, "completion")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     for name in ("istio-iptables", "istio-clean-iptables"):
@@ -113,9 +122,12 @@ def _conform(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", required=True, metavar="NAME", help="built in, or registered by anybody")
     parser.add_argument("--level", choices=("core", "full", "stress"), default="core", help="default core")
     parser.add_argument("--junit", metavar="FILE", help="write a JUnit report there")
-    parser.add_argument("--seed", type=int, metavar="N", help="run the cases in an order that N repeats")
+    parser.add_argument("--seed", type=int, metavar="N", help="an order of cases, and random plans, that N repeats")
     parser.add_argument("-k", dest="pattern", default="", metavar="PATTERN", help="only cases of this name or glob")
     parser.add_argument("--list", action="store_true", dest="only_list", help="print the cases, and run nothing")
+    parser.add_argument(
+        "--mutations", action="store_true", help="make mistakes in the backend's place, and tell which cases notice"
+    )
 
 
 def _agent(parser: argparse.ArgumentParser) -> None:
@@ -131,8 +143,16 @@ def _agent(parser: argparse.ArgumentParser) -> None:
     add("--host", action="store_true", help="allow the machine's own namespace")
     add("--poll", type=words.seconds, default=1.0, metavar="SECONDS", help="looks where the kernel tells nothing")
     add("--concurrency", type=int, default=0, metavar="N", help="worker threads; as many as serve by default")
-    add("--lock-timeout", type=words.seconds, default=10.0, metavar="SECONDS", help="default 10")
+    add("--lock-timeout", type=words.seconds, default=2.0, metavar="SECONDS", help="default 2")
     add("--log", choices=("auto", "json", "text"), default="auto", help="text on a terminal, else JSON")
+
+
+def _install(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of netapply agent, after --")
+    parser.add_argument("--root", default="/", metavar="DIR", help="below which /etc is; / by default")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--print", action="store_true", dest="only_print", help="print the files, and write none")
+    what.add_argument("--remove", action="store_true", help="remove what was written")
 
 
 def _looks(parser: argparse.ArgumentParser) -> None:

@@ -45,7 +45,9 @@ def apply(arguments: Arguments, printer: Printer) -> int:
     else:
         mark = fingerprint(plan)
         with open_named(arguments) as capture:
-            result = capture.apply(plan, backend=arguments.backend, layout=arguments.layout, fingerprint=mark)
+            result = capture.apply(
+                plan, backend=arguments.backend, layout=arguments.layout, fingerprint=mark, reason=arguments.reason
+            )
     if printer.json:
         printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings]})
         return 0
@@ -65,7 +67,7 @@ def clean(arguments: Arguments, printer: Printer) -> int:
         result = delegation.clean(agent, arguments)
     if result is None:
         with open_named(arguments) as capture:
-            result = capture.clean(backend=arguments.backend, layout=arguments.layout)
+            result = capture.clean(backend=arguments.backend, layout=arguments.layout, reason=arguments.reason)
     if printer.json:
         printer.document("clean", result._asdict())
     else:
@@ -107,15 +109,36 @@ def _agent(arguments: Arguments) -> Client | None:
 
 def recover(arguments: Arguments, printer: Printer) -> int:
     """Finish or undo an interrupted run."""
-    from netapply.recovery import recover as recovered
-
     with open_named(arguments) as capture:
-        result = recovered(capture.namespace, journal=capture.journal)
+        result = capture.recover()
     if printer.json:
         printer.document("recover", result._asdict())
     else:
         print_result(result, printer)
     return 0
+
+
+def rollback(arguments: Arguments, printer: Printer) -> int:
+    """Bring back an earlier state."""
+    agent = _agent(arguments)
+    if agent is not None:
+        from netapply.cli import delegation
+
+        delegation.refuse(agent, arguments)
+    with open_named(arguments) as capture:
+        result = capture.rollback(arguments.back, reason=arguments.reason)
+    if printer.json:
+        printer.document("rollback", result._asdict())
+    else:
+        print_result(result, printer)
+    return 0
+
+
+def history(arguments: Arguments, printer: Printer) -> int:
+    """Print the changes that were made: those of the namespace that is named, or of all."""
+    from netapply.cli.past import print_history
+
+    return print_history(arguments, printer)
 
 
 def render(arguments: Arguments, printer: Printer) -> int:
@@ -282,7 +305,11 @@ def demo(arguments: Arguments, printer: Printer) -> int:
 
 
 def conform(arguments: Arguments, printer: Printer) -> int:
-    """Run the conformance suite."""
+    """Run the conformance suite, or have it prove itself."""
+    if arguments.mutations:
+        from netapply.cli.prove import run_prove
+
+        return run_prove(printer, backend=arguments.backend, pattern=arguments.pattern)
     from netapply.cli.conform import run_conform
 
     return run_conform(
@@ -294,6 +321,20 @@ def conform(arguments: Arguments, printer: Printer) -> int:
         report_to=arguments.junit,
         only_list=arguments.only_list,
     )
+
+
+def install_unit(arguments: Arguments, printer: Printer) -> int:
+    """Write the agent's units."""
+    from netapply.cli.units import install
+
+    return install(arguments, printer)
+
+
+def doctor(arguments: Arguments, printer: Printer) -> int:
+    """Look for what could keep capture from working."""
+    from netapply.cli.doctor import run_doctor
+
+    return run_doctor(arguments, printer)
 
 
 def completion(arguments: Arguments, printer: Printer) -> int:
@@ -309,6 +350,8 @@ COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "apply": apply,
     "clean": clean,
     "recover": recover,
+    "rollback": rollback,
+    "history": history,
     "render": render,
     "diff": diff,
     "verify": verify,
@@ -324,5 +367,7 @@ COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "confirm": confirm,
     "demo": demo,
     "conform": conform,
+    "install-unit": install_unit,
+    "doctor": doctor,
     "completion": completion,
 }

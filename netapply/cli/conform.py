@@ -11,7 +11,9 @@ from netapply.cli.output import Printer
 from netapply.conformance.case import LEVELS, VERSION, Case, Level, Outcome
 from netapply.conformance.cases import cases_of
 from netapply.conformance.junit import junit
+from netapply.conformance.model import arbitrary_cases
 from netapply.conformance.runner import Report, Runner
+from netapply.conformance.shrink import shown, shrink
 from netapply.conformance.unprivileged import enter_user_namespace
 from netapply.errors import NetapplyError
 
@@ -31,6 +33,8 @@ def run_conform(
     """Run the suite and print the table; 1 if any case failed, or none passed."""
     chosen: Level = next(each for each in LEVELS if each == level)
     cases = [*cases_of(chosen, pattern)]
+    if chosen == "stress":
+        cases += [case for case in arbitrary_cases(seed or 0) if pattern in case.name]
     if not cases:
         raise NetapplyError(f"no case of level {level} is called {pattern!r}", next_step="netapply conform --list")
     if seed is not None:
@@ -55,9 +59,17 @@ def _run(backend: str, cases: Sequence[Case], printer: Printer) -> Report:
         outcomes: list[Outcome] = []
         for number, case in enumerate(cases, 1):
             printer.progress(f"{backend} {number}/{len(cases)} {case.name}")
-            outcomes.append(runner.run(case))
+            outcomes.append(_smaller(runner, case, runner.run(case)))
         printer.progress("")
         return runner.report(outcomes)
+
+
+def _smaller(runner: Runner, case: Case, outcome: Outcome) -> Outcome:
+    """With what an arbitrary case that failed shrinks to, ready for a table of cases."""
+    if case.story != "model" or outcome.status != "failed":
+        return outcome
+    small = shrink(case, lambda each: runner.run(each).status == "failed")
+    return outcome._replace(differences=(*outcome.differences, f"it takes no more than {shown(small)}"))
 
 
 def _list(cases: Sequence[Case], printer: Printer) -> int:
@@ -85,7 +97,7 @@ def _print(report: Report, level: Level, printer: Printer) -> None:
     for outcome in report.outcomes:
         if outcome.status == "failed":
             printer.line(printer.paint(f"failed: {outcome.case}", "red"))
-            for wrong in outcome.differences[:SHOWN]:
+            for wrong in outcome.differences[-SHOWN:]:  # the last of an arbitrary case is what it shrank to
                 printer.line(f"  {wrong}")
             if len(outcome.differences) > SHOWN:
                 printer.line(f"  and {len(outcome.differences) - SHOWN} more")

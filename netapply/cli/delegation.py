@@ -10,13 +10,12 @@ import json
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
 
 from netapply.cli import client
 from netapply.cli.words import Arguments
-from netapply.errors import NetapplyError
+from netapply.errors import NamespaceError, NetapplyError
 from netapply.jsonform import result_of
-from netapply.namespace import Namespace, NamespaceId
+from netapply.namespace import Namespace
 from netapply.nsfs import open_source
 from netapply.plan import CapturePlan
 from netapply.results import Result
@@ -40,47 +39,61 @@ def apply(agent: client.Client, arguments: Arguments, plan: CapturePlan) -> Resu
     words = {"backend": arguments.backend, "layout": arguments.layout}
     if arguments.confirm:
         words["confirm"] = f"{arguments.confirm:g}"
-    query = "&".join(f"{name}={client.quoted(word)}" for name, word in words.items())
-    with _named(arguments) as (name, fd, _):
+    with _named(arguments) as (name, fd):
         body = json.dumps(dump_plan(plan)).encode()
-        return result_of(agent.ask("PUT", f"/v1/namespaces/{name}?{query}", body, fd=fd))
+        return result_of(agent.ask("PUT", f"/v1/namespaces/{name}{_query(arguments, words)}", body, fd=fd))
 
 
 def clean(agent: client.Client, arguments: Arguments) -> Result | None:
     """Have the agent take down what it keeps there; None where it keeps nothing there. Raises NetapplyError."""
-    with _named(arguments) as (name, fd, identity):
-        if not _keeps(agent, identity):
+    with _named(arguments) as (name, fd):
+        if not _keeps(agent, fd):
             return None
         if (arguments.backend, arguments.layout) != ("auto", "netapply"):
             raise NetapplyError(
                 "the agent keeps this namespace, and would put back what is taken down of one dialect or layout",
                 next_step="netapply clean without --backend and --layout; or --alone, if you mean it",
             )
-        return result_of(agent.ask("DELETE", f"/v1/namespaces/{name}", fd=fd))
+        return result_of(agent.ask("DELETE", f"/v1/namespaces/{name}{_query(arguments, {})}", fd=fd))
+
+
+def _query(arguments: Arguments, words: dict[str, str]) -> str:
+    if arguments.reason:
+        words = {**words, "reason": arguments.reason}
+    return ("?" if words else "") + "&".join(f"{name}={client.quoted(word)}" for name, word in words.items())
+
+
+def refuse(agent: client.Client, arguments: Arguments) -> None:
+    """Raise NetapplyError where the agent keeps the namespace: it would put its own plan back."""
+    with _named(arguments) as (_, fd):
+        if _keeps(agent, fd):
+            raise NetapplyError(
+                "the agent keeps this namespace, and would put its plan back",
+                next_step="netapply apply the earlier plan, which the agent then keeps; or --alone, if you mean it",
+            )
 
 
 def confirm(agent: client.Client, arguments: Arguments) -> None:
     """Keep what was applied on trial. Raises NetapplyError."""
-    with _named(arguments) as (name, fd, _):
+    with _named(arguments) as (name, fd):
         agent.ask("POST", f"/v1/namespaces/{name}/confirm", fd=fd)
 
 
-def _keeps(agent: client.Client, identity: NamespaceId) -> bool:
-    for each in agent.ask("GET", "/v1/namespaces")["namespaces"]:
-        known: dict[str, Any] | None = each["identity"]
-        if known and (known["device"], known["inode"]) == identity[:2]:
-            return bool(each["fingerprint"])
-    return False
+def _keeps(agent: client.Client, fd: int) -> bool:
+    try:
+        return bool(agent.ask("GET", "/v1/namespaces/fd", fd=fd)["namespace"]["fingerprint"])
+    except NamespaceError:
+        return False
 
 
 @contextmanager
-def _named(arguments: Arguments) -> Generator[tuple[str, int, NamespaceId]]:
-    """How the agent is told of the namespace: its name, a descriptor, and its identity. Raises NamespaceError."""
+def _named(arguments: Arguments) -> Generator[tuple[str, int]]:
+    """How the agent is told of the namespace: its name, and a descriptor. Raises NamespaceError."""
     spec = arguments.netns
-    with Namespace.open(spec, host=arguments.host, lock_timeout=arguments.lock_timeout) as namespace:
+    with Namespace.open(spec, host=arguments.host, lock_timeout=arguments.lock_timeout):
         source = open_source(spec)
         try:
-            yield _name(spec), source.fd, namespace.identity
+            yield _name(spec), source.fd
         finally:
             os.close(source.fd)
 

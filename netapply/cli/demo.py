@@ -15,6 +15,7 @@ from netapply.api import Capture, open_capture
 from netapply.backend import BUILT_IN, find_backend
 from netapply.cli.output import Printer
 from netapply.compiler import compile_plan
+from netapply.errors import UnsupportedError
 from netapply.evaluate import evaluate
 from netapply.flow import TCP, Flow
 from netapply.lab import ADDRESSES, Answer, Lab, Traffic, traffic_types
@@ -88,7 +89,10 @@ async def _round(backend: str, mode: Mode, state: str, *, keep: bool) -> Round:
             if found.status != "usable":
                 return Round(backend, mode, skipped=f"{found.status}: {found.reason}")
             plan = demo_plan(mode)
-            result = capture.apply(plan, backend=backend)
+            try:
+                result = capture.apply(plan, backend=backend)
+            except UnsupportedError as error:
+                return Round(backend, mode, skipped=f"unsupported: {error}")
             ruleset = compile_plan(plan, find_backend(backend).dialect)
             flows = [await _send(lab, capture, ruleset, traffic) for traffic in traffic_types(mode, lab.families)]
             kept: tuple[str, ...] = ()

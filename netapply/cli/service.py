@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from netapply.cli.output import Printer
 from netapply.cli.words import Arguments
 from netapply.errors import NetapplyError
 
 
-def run_agent(arguments: Arguments, _: Printer) -> int:
+def run_agent(arguments: Arguments, printer: Printer) -> int:
     """Run the agent. Raises NetapplyError where it cannot begin."""
     try:
+        from netapply.agent.confine import deny_programs
+        from netapply.agent.manager import Manager, take_passed
         from netapply.agent.model import AgentConfig
         from netapply.agent.service import configure_log, serve
     except ModuleNotFoundError as error:
@@ -33,5 +36,10 @@ def run_agent(arguments: Arguments, _: Printer) -> int:
         metrics=arguments.metrics,
     )
     configure_log(arguments.log)
-    asyncio.run(serve(config))
+    denied = deny_programs()
+    if denied:
+        printer.note(f"agent: starting programs was not given up: {denied}")
+    passed = take_passed(os.environ)
+    manager = Manager(os.environ, passed.namespaces)
+    asyncio.run(serve(config, inherited=passed.sockets, kept=passed.namespaces, started=manager.started))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import sys
 import termios
@@ -25,6 +26,7 @@ _HOME, _CLEAR_LINE, _CLEAR_REST = "\x1b[H", "\x1b[K", "\x1b[J"
 _EVERY = 1.0
 #: Counters are read from so many namespaces in a round; the others' stay as they were until their turn.
 _MOST = 50
+_NUMBERS = ("PKT/S", "BYTE/S", "PACKETS", "BYTES")
 _UNITS = ("", "k", "M", "G", "T")
 
 
@@ -91,7 +93,7 @@ def run_top(arguments: Arguments, printer: Printer) -> int:
         turn = 0
         while True:
             found = _look(agent, rates, arguments.netns, turn)
-            width, height = os.get_terminal_size()
+            width, height = shutil.get_terminal_size()  # 80 by 24 where the terminal does not tell
             lines = screen(found, rates.rows, width, height)
             sys.stdout.write(_HOME + "".join(line + _CLEAR_LINE + "\r\n" for line in lines) + _CLEAR_REST)
             sys.stdout.flush()
@@ -126,15 +128,19 @@ def screen(namespaces: Iterable[Mapping[str, Any]], rows: list[Row], width: int,
         heals += each["heals"]
     told = ", ".join(f"{number} {state}" for state, number in states.items()) or "no namespace"
     head = f"netapply top   {told}   heals {heals}"
-    wide = max([9, *(len(row.namespace) for row in rows[:height])])
-    wide = min(wide, max(9, width // 3))
-    title = f"{'NAMESPACE':<{wide}} {'PACKETS/S':>10} {'BYTES/S':>10} {'PACKETS':>10} {'BYTES':>10}  DECISION"
-    lines = [head, "", title]
+    rest = max(20, width - 1 - 8 * len(_NUMBERS))
+    wide = min(max([9, *(len(row.namespace) for row in rows[:height])]), rest * 2 // 5)
+    lines = [head, "", _line("NAMESPACE", "DECISION", _NUMBERS, wide, rest)]
     for row in rows[: max(0, height - len(lines) - 1)]:
         numbers = (row.packets_a_second, row.bytes_a_second, row.packets, row.bytes)
-        figures = " ".join(f"{shortened(number):>10}" for number in numbers)
-        lines.append(f"{printable(row.namespace)[:wide]:<{wide}} {figures}  {printable(row.decision)}")
+        figures = tuple(map(shortened, numbers))
+        lines.append(_line(printable(row.namespace), printable(row.decision), figures, wide, rest))
     return [line[: max(1, width - 1)] for line in lines]
+
+
+def _line(namespace: str, decision: str, figures: Iterable[str], wide: int, rest: int) -> str:
+    names = f"{namespace[:wide]:<{wide}} {decision}"
+    return f"{names[:rest]:<{rest}}" + "".join(f"{figure:>8}" for figure in figures)
 
 
 def shortened(number: float) -> str:

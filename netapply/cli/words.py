@@ -40,12 +40,30 @@ def _apply(parser: Takes) -> None:
         "--confirm", type=seconds, default=0.0, metavar="SECONDS", help="go back unless netapply confirm comes in time"
     )
     alone(parser)
+    _reason(parser)
 
 
 def _clean(parser: Takes) -> None:
     namespace(parser)
     backend(parser)
     alone(parser)
+    _reason(parser)
+
+
+def _rollback(parser: Takes) -> None:
+    namespace(parser)
+    alone(parser)
+    how = "how many states to go back; default 1"
+    parser.add_argument("back", nargs="?", type=states, default=1, metavar="N", help=how)
+    _reason(parser)
+
+
+def _history(parser: Takes) -> None:
+    namespace(parser)
+
+
+def _reason(parser: Takes) -> None:
+    parser.add_argument("--reason", default="", metavar="TEXT", help="why, for the history")
 
 
 def _recover(parser: Takes) -> None:
@@ -81,6 +99,8 @@ COMMANDS: Mapping[str, Callable[[Takes], None]] = {
     "apply": _apply,
     "clean": _clean,
     "recover": _recover,
+    "rollback": _rollback,
+    "history": _history,
     "render": _render,
     "diff": _diff,
     "verify": _verify,
@@ -122,6 +142,15 @@ def backend(parser: Takes, default: str = "auto", choices: tuple[str, ...] = BAC
 def layout(parser: Takes) -> None:
     """The arrangement of the rules, by which their chains are called."""
     parser.add_argument("--layout", default="netapply", choices=LAYOUTS, help="arrangement of the rules")
+
+
+def states(text: str) -> int:
+    """A number of states. Raises argparse's error, as only argparse tells of faults."""
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 1000:
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} is not a number of states from 1 on")
+    return int(text)
 
 
 def seconds(text: str) -> float:

@@ -196,14 +196,15 @@ class Arbitrary(NamedTuple):
 
     def probe(self) -> Probe:
         """A flow out of the pod, inside it, or into it. What is to become of it is left open."""
-        family, protocol = self.one(FAMILIES), self.one(("tcp", "tcp", "udp"))
+        family = self.one(FAMILIES)
+        protocol: Literal["tcp", "udp"] = self.one(("tcp", "tcp", "udp"))
         wire = self.one((*WIRES[:1] * 3, *WIRES))
         of, port = ADDRESSES[family], self.one((*PORTS, 9000))
         sport = self.one((0, 0, 53, 15053)) if protocol == "udp" else 0  # of TCP a listener has the port
         if self.often(0.35):
             to = self.one((wire.pod(family), wire.pod(family), POD[family], of.virtual))
             source = self.one((wire.remote(family), of.elsewhere, of.virtual if to != of.virtual else of.elsewhere))
-            state = self.one(("new",) * 6 + ("invalid",)) if protocol == "tcp" else "new"
+            state: Literal["new", "invalid"] = "invalid" if protocol == "tcp" and self.often(0.15) else "new"
             return Probe(
                 "remote", protocol, to, port, DIRECT, source=source, sport=sport, device=wire.device, state=state
             )

@@ -230,7 +230,6 @@ _LOST: dict[str, OnRules] = {
     "lost: mark": _without("mark"),
     "lost: connection mark": _without("connmark"),
     "lost: state": _without("state"),
-    "lost: socket": _without("socket"),
     "lost: inversion of an address": _turned("address", negate=True),
     "lost: inversion of a port": _turned("port", negate=True),
     "lost: inversion of an owner": _turned("owner", negate=True),
@@ -259,8 +258,12 @@ _CHANGED: dict[str, OnRules] = {
     "a port range ends one earlier": _wide(lambda r: r._replace(last=r.last - 1)),
     "a port range ends one later": _wide(lambda r: r._replace(last=min(r.last + 1, 65535))),
     "a port range is its first port": _wide(lambda r: r._replace(last=r.first)),
-    "a port is the next one": _matches("port", _ranges(lambda r: PortRange(r.first + 1, r.last + 1) if r[1] < 65535 else r)),
-    "a port's bytes are exchanged": _matches("port", _ranges(lambda r: PortRange(*[_swapped(r.first)] * 2) if r[0] == r[1] else r)),
+    "a port is the next one": _matches(
+        "port", _ranges(lambda r: PortRange(r.first + 1, r.last + 1) if r[1] < 65535 else r)
+    ),
+    "a port's bytes are exchanged": _matches(
+        "port", _ranges(lambda r: PortRange(*[_swapped(r.first)] * 2) if r[0] == r[1] else r)
+    ),
     "destination port taken for source port": _matches("port", lambda m: m._replace(side="src"), side="dst"),
     "source port taken for destination port": _matches("port", lambda m: m._replace(side="dst"), side="src"),
     "TCP taken for UDP": _rules(lambda rule: _protocol(rule, 6, 17)),
@@ -271,12 +274,18 @@ _CHANGED: dict[str, OnRules] = {
     "gid taken for uid": _matches("owner", lambda m: m._replace(id="uid"), id="gid"),
     "uid taken for gid": _matches("owner", lambda m: m._replace(id="gid"), id="uid"),
     "a wildcard interface is a name": _matches("iface", _named(lambda name: name.replace("+", "0"))),
-    "an interface is a wildcard": _matches("iface", _named(lambda name: name if name.endswith("+") else name[:2] + "+")),
+    "an interface is a wildcard": _matches(
+        "iface", _named(lambda name: name if name.endswith("+") else name[:2] + "+")
+    ),
     "a mark's mask is all bits": _matches("mark", lambda m: m._replace(mask=0xFFFFFFFF)),
     "a mark is the next one": _matches("mark", lambda m: m._replace(value=m.value ^ 1)),
     "a connection mark is the next one": _matches("connmark", lambda m: m._replace(value=m.value ^ 1)),
-    "state invalid taken for untracked": _matches("state", lambda m: m._replace(states=("untracked",)), states=("invalid",)),
-    "state new taken for established": _matches("state", lambda m: m._replace(states=("established",)), states=("new",)),
+    "state invalid taken for untracked": _matches(
+        "state", lambda m: m._replace(states=("untracked",)), states=("invalid",)
+    ),
+    "state new taken for established": _matches(
+        "state", lambda m: m._replace(states=("established",)), states=("new",)
+    ),
     "a cgroup is its parent": _matches("cgroup", lambda m: m._replace(path=m.path.rpartition("/")[0] or m.path)),
 }
 _STATEMENTS: dict[str, OnRules] = {

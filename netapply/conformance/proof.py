@@ -9,17 +9,17 @@ and reads by the same wrong idea. So it is not the read-back that tells.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 from netapply import core
-from netapply.backend import BUILT_IN, ENTRY_POINTS, OURS, Backend, Counters, Owned, Probe, Step, find_backend
+from netapply.backend import BUILT_IN, ENTRY_POINTS, OURS, Backend, Counters, Owned, Probe, find_backend
 from netapply.compiler import compile_plan, compile_routing
 from netapply.conformance.case import Case
-from netapply.conformance.cases import cases_of
+from netapply.conformance.cases import cases_of, proven
 from netapply.conformance.flows import flow_of
 from netapply.conformance.foreign import OWNED as FOREIGN
 from netapply.conformance.mutations import Mutation, mutations
@@ -77,6 +77,8 @@ class Mistaken:
         self._inner = inner
         self.name, self.dialect = inner.name, inner.dialect
         self.mutation = NOTHING
+        #: Whether the mistake has changed anything since somebody last said False here.
+        self.made = False
         self._meant: dict[Ruleset, Ruleset] = {}
 
     def probe(self, kernel: Kernel) -> Probe:
@@ -91,21 +93,30 @@ class Mistaken:
         """What stands, read as it was meant."""
         found = self._inner.read(kernel, owned)
         meant = self._meant.get(found.ruleset, found.ruleset) if found.ruleset else found.ruleset
-        counters: Counters = {} if self.mutation.habit == "counts nothing" else found.counters
+        counters: Counters = found.counters
+        if self.mutation.habit == "counts nothing":
+            self.made, counters = True, {}
         return _Snapshot(found, meant, owned.prefixes != FOREIGN.prefixes, counters)
 
     def encode(self, current: _Snapshot, desired: Ruleset | None) -> tuple[_Step, ...]:
         """The steps to the mistaken rules."""
         habit = self.mutation.habit
+        if desired is not None and current.ruleset == desired and habit != "always changes":
+            return ()  # by its own idea
         wanted = self._mistaken(current, desired) if desired is not None and current.ours else desired
         if desired is None and habit == "leaves a chain" and current.ours:
             left = (*current.inner.ruleset.tables[:1],) if current.inner.ruleset else ()
             wanted = Ruleset(tuple(_remains(table) for table in left)) if left else None
-        steps = [_Step(each.name, each, getattr(each, "atomic", False)) for each in self._inner.encode(current.inner, wanted)]
+            self.made = True
+        steps = [
+            _Step(each.name, each, getattr(each, "atomic", False)) for each in self._inner.encode(current.inner, wanted)
+        ]
         if habit == "always changes" and current.ours and desired is not None and not steps:
             steps.append(_Step("change nothing", None))
+            self.made = True
         if habit == "loses the last step" and len(steps) > 1:
             steps[-1] = _Step(steps[-1].name, None)
+            self.made = True
         return tuple(steps)
 
     def commit(self, kernel: Kernel, step: _Step) -> None:
@@ -113,6 +124,7 @@ class Mistaken:
         if step.inner is not None:
             self._inner.commit(kernel, step.inner)
         if self.mutation.habit == "takes foreign rules along":
+            self.made = True
             for each in self._inner.encode(self._inner.read(kernel, FOREIGN), None):
                 self._inner.commit(kernel, each)
 
@@ -130,6 +142,7 @@ class Mistaken:
         if self.mutation.habit == "keeps old rules" and current.ruleset and current.ruleset != desired:
             wanted = _both(current.inner.ruleset, desired)
         if wanted != desired:
+            self.made = True
             self._meant[wanted] = desired
         return wanted
 
@@ -141,12 +154,12 @@ def _remains(table: Table) -> Table:
 
 
 def _both(old: Ruleset, new: Ruleset) -> Ruleset:
-    """The new rules, each chain with those of the old one behind it."""
+    """The new rules, each chain behind those of the old one."""
     before = {(table.family, table.name, chain.name): chain for table in old.tables for chain in table.chains}
 
     def grown(table: Table, chain: Chain) -> Chain:
         found = before.get((table.family, table.name, chain.name))
-        return chain._replace(rules=(*chain.rules, *found.rules)) if found else chain
+        return chain._replace(rules=(*found.rules, *chain.rules)) if found else chain
 
     tables = (table._replace(chains=tuple(grown(table, chain) for chain in table.chains)) for table in new.tables)
     return complete(Ruleset(tuple(tables), tuple(sorted({*old.sets, *new.sets}))))
@@ -156,7 +169,9 @@ def _both(old: Ruleset, new: Ruleset) -> Ruleset:
 def standing_in(backend: str) -> Generator[Mistaken]:
     """A mistaken backend in the place of the one of this name, for as long as this lasts. Not for threads."""
     mistaken = Mistaken(find_backend(backend))
-    place = BUILT_IN.get(backend) or next(each.value for each in entry_points(group=ENTRY_POINTS) if each.name == backend)
+    place = BUILT_IN.get(backend) or next(
+        each.value for each in entry_points(group=ENTRY_POINTS) if each.name == backend
+    )
     module, _, attribute = place.partition(":")
     real = getattr(import_module(module), attribute)
 
@@ -166,11 +181,11 @@ def standing_in(backend: str) -> Generator[Mistaken]:
 
     setattr(import_module(module), attribute, mistaken)
     find_backend.cache_clear()
-    core.compile_routing = routing  # type: ignore[assignment]  # the memo's own methods are not asked for there
+    setattr(core, "compile_routing", routing)  # noqa: B010 - it is not core's own
     try:
         yield mistaken
     finally:
-        core.compile_routing = compile_routing
+        setattr(core, "compile_routing", compile_routing)  # noqa: B010 - likewise
         setattr(import_module(module), attribute, real)
         find_backend.cache_clear()
 
@@ -178,24 +193,25 @@ def standing_in(backend: str) -> Generator[Mistaken]:
 def prove(backend: str, pattern: str = "") -> Iterator[Found]:
     """Make each mistake whose name contains `pattern`, and look for the first case that fails. Raises NetapplyError."""
     with standing_in(backend) as mistaken, Runner(backend) as runner:
-        cases = cases_of("stress")
+        cases = (
+            *proven.CASES,
+            *(case for case in cases_of("stress") if case not in proven.CASES),
+        )  # first those that were made for mistakes
         for mutation in mutations():
             if pattern in mutation.name:
                 yield _prove(mutation, mistaken, runner, cases)
 
 
 def _prove(mutation: Mutation, mistaken: Mistaken, runner: Runner, cases: Sequence[Case]) -> Found:
-    concerned = _concerned(mutation, mistaken, cases)
-    for case in concerned[:MOST]:
-        mistaken.mutation = NOTHING
+    made = mutation.routing is not None
+    for case in _concerned(mutation, mistaken, cases)[:MOST]:
         runner.ready()
-        mistaken.mutation = mutation
+        mistaken.mutation, mistaken.made = mutation, False
         found = runner.run(case)
+        mistaken.mutation, made = NOTHING, made or mistaken.made
         if found.status == "failed":
-            mistaken.mutation = NOTHING
             return Found(mutation.name, case.name, found.differences[0])
-    mistaken.mutation = NOTHING
-    return Found(mutation.name, idle=not concerned)
+    return Found(mutation.name, idle=not made)
 
 
 def _concerned(mutation: Mutation, mistaken: Mistaken, cases: Sequence[Case]) -> list[Case]:
@@ -210,13 +226,22 @@ def _concerned(mutation: Mutation, mistaken: Mistaken, cases: Sequence[Case]) ->
 
 def _rank(mutation: Mutation, mistaken: Mistaken, case: Case) -> int | None:
     """How likely a case notices, the least first; None where nothing is otherwise for it."""
-    plan = plan_from(case.plan)
     if mutation.habit:
         stories = {"takes foreign rules along": "foreign", "keeps old rules": "update", "counts nothing": "model"}
         return 0 if case.story == stories.get(mutation.habit, "apply") else 9 if case.story != "apply" else 5
+    ranks = [
+        _rank_of_plan(mutation, mistaken, case, content)
+        for content in (case.plan, case.update)
+        if content or content is case.plan
+    ]
+    return min((rank for rank in ranks if rank is not None), default=None)
+
+
+def _rank_of_plan(mutation: Mutation, mistaken: Mistaken, case: Case, content: Mapping[str, Any]) -> int | None:
+    plan, later = plan_from(content), case.story != "apply"
     if mutation.routing is not None:
         same = mutation.routing(compile_routing(plan)) == compile_routing(plan)
-        return None if same else 0 if case.story == "apply" else 1
+        return None if same else 0 + later
     try:
         ruleset = compile_plan(plan, mistaken.dialect, case.layout)
     except NetapplyError:
@@ -225,8 +250,7 @@ def _rank(mutation: Mutation, mistaken: Mistaken, case: Case) -> int | None:
     if changed == ruleset:
         return None
     flows = [flow_of(probe) for probe in case.probes]
-    elsewhere = any(_fate(ruleset, flow) != _fate(changed, flow) for flow in flows)
-    return (0 if elsewhere else 3) + (case.story != "apply")
+    return (0 if any(_fate(ruleset, flow) != _fate(changed, flow) for flow in flows) else 3) + later
 
 
 def _fate(ruleset: Ruleset, flow: Any) -> object:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from netapply.conformance.case import APP, Case, Probe
+from netapply.fields import is_list, is_mapping
 
 PATIENCE = 60.0  # seconds
 
@@ -48,9 +49,9 @@ def _without_one(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {other: content[other] for other in content if other != name}
     for name, value in content.items():
         rest: list[Any] = []
-        if isinstance(value, dict):
+        if is_mapping(value):
             rest = [*_without_one(value)]
-        elif isinstance(value, list) and len(value) > 1:
+        elif is_list(value) and len(value) > 1:
             rest = [value[: len(value) // 2], value[len(value) // 2 :]] if len(value) > 3 else []
             rest += [value[:at] + value[at + 1 :] for at in range(len(value))]
         yield from ({**content, name: each} for each in rest)

@@ -21,7 +21,7 @@ def tell(case: Case, stage: Stage, readers: Sequence[Reader] = ()) -> Iterator[s
     stage.arrange(case, plan)
     yield from STORIES[case.story](case, stage, plan)
     if case.story != "foreign":
-        now = plan_from(case.update) if case.update else plan
+        now = plan_from(case.update) if case.story in ("update", "failure") else plan
         standing = Standing(
             stage.world.pod.path, stage.backend.name, case.layout, now, stage.compiled(now, case.layout)
         )

@@ -45,9 +45,10 @@ def _carry_out(unit: Unit) -> list[Outcome]:
 
 
 def _start() -> None:
-    stage = Stage(Case("nftables", "tproxy", "IPv4"))
-    warm(stage)
-    stage.close()
+    for backend in BUILT_IN:
+        stage = Stage(Case(backend, "tproxy", "IPv4"))
+        warm(stage)
+        stage.close()
 
 
 def main() -> int:
@@ -70,8 +71,9 @@ def main() -> int:
             for each in found:
                 for line in each.wrong:
                     print(f"LOST {each.fault}: {each.where}: {line}", flush=True)
-            if sys.stderr.isatty():
-                print(f"\r{at} of {len(todo)}, {len(outcomes)} tries", end="", file=sys.stderr)
+            if found:
+                name = f"{found[0].fault}, {found[0].backend}: {len(found)} tries"
+                print(f"{time.monotonic() - begun:.0f} s, {at} of {len(todo)}: {name}", file=sys.stderr, flush=True)
     seconds = time.monotonic() - begun
     sums = summed(outcomes)
     print(report.table(sums))

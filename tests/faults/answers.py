@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
+from tests.faults.kills import spread
 from tests.faults.outcome import Outcome
-from tests.faults.refusals import judge, spread
+from tests.faults.refusals import judge
 from tests.faults.stage import Case, Stage
 from tests.faults.tracing import CALLS, Call, Child, Fault
 
@@ -116,7 +117,7 @@ class Writer(_Nth):
             return is_level and call.arguments[2] == _SET_REPLACE
         if call.number != CALLS["sendto"]:
             return False
-        return struct.unpack("=IH", child.memory(call.arguments[1], 6))[1] == _BATCH_BEGIN
+        return bool(struct.unpack("=IH", child.memory(call.arguments[1], 6))[1] == _BATCH_BEGIN)
 
 
 def _add_native(stage: Stage, port: int) -> None:
@@ -178,17 +179,27 @@ def writers(case: Case) -> Iterator[Outcome]:
             there = stage.picture()
             old = stage.reset("apply a")
             new = stage.reset("apply b")
-            wrong = () if _are_there(stage, fault.added) else (f"{fault.added} rules of theirs were added, and not all stand",)
+            wrong: tuple[str, ...] = (
+                ()
+                if _are_there(stage, fault.added)
+                else (f"{fault.added} rules of theirs were added, and not all stand",)
+            )
             state = "new" if there.state == new.state else "old" if there.state == old.state else ""
             if (ended.code == 0) != (state == "new") or ended.code not in (0, 1) or "Traceback" in ended.output:
                 wrong += (f"ended with {ended.code}, {state or 'neither'}: {ended.output}",)
             often = "a writer who never ends" if always else "ERESTART, EAGAIN: another writer"
-            yield Outcome(often, case.backend, f"{case}: {often}, {fault.added} times", state or "between", state, wrong)
+            yield Outcome(
+                often, case.backend, f"{case}: {often}, {fault.added} times", state or "between", state, wrong
+            )
         finally:
             stage.close()
 
 
 def _are_there(stage: Stage, count: int) -> bool:
-    tool = {"nftables": "nft list ruleset", "iptables-nft": "iptables-nft-save", "iptables-legacy": "iptables-legacy-save"}
+    tool = {
+        "nftables": "nft list ruleset",
+        "iptables-nft": "iptables-nft-save",
+        "iptables-legacy": "iptables-legacy-save",
+    }
     text = stage.netns.run(*tool[stage.case.backend].split())
     return all(f"dport {20000 + number} " in text for number in range(1, count + 1))

@@ -14,9 +14,9 @@ from pathlib import Path
 from netapply.namespace import Namespace
 from tests import netns
 from tests.faults import pictures, tracing
-from tests.faults.kills import Interrupt, named
+from tests.faults.kills import Interrupt, named, spread
 from tests.faults.outcome import Outcome
-from tests.faults.refusals import judge, spread
+from tests.faults.refusals import judge
 from tests.faults.stage import Case, Stage, command_line
 from tests.faults.tracing import Call, Child, Fault
 
@@ -27,7 +27,7 @@ _DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "half": lambda data: data[: len(data) // 2],
     "all but the end": lambda data: data[:-3],
     "a bit in the checksum": lambda data: bytes([data[0] ^ 1]) + data[1:],
-    "a bit in the middle": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :],
+    "a bit in the middle": lambda data: data.replace(b'"before"', b'"befora"'),
     "zeros": lambda data: bytes(len(data)),
     "twice": lambda data: data + data,
     "of another format": lambda data: b"00000000 {}\n",
@@ -59,7 +59,9 @@ def torn(case: Case) -> Iterator[Outcome]:
                     wrong.append(f"not new after apply: {pictures.difference(then, new)}")
                 wrong += pictures.lost(stage.empty, then, counters=False)
                 where = f"{case}: {name}, {'pending' if pending else 'settled'}, then {command}"
-                yield Outcome("a torn journal", case.backend, where, "between" if pending else "old", state, tuple(wrong))
+                yield Outcome(
+                    "a torn journal", case.backend, where, "between" if pending else "old", state, tuple(wrong)
+                )
     finally:
         stage.close()
 
@@ -72,7 +74,7 @@ class _At(Fault):
         self._work = work
 
     def entering(self, child: Child, call: Call) -> int:
-        if call.index == self._at:
+        if call.place == self._at:
             self.hit = True
             self._work()
         return 0
@@ -108,7 +110,6 @@ def replaced(case: Case, *, most: int) -> Iterator[Outcome]:
     finally:
         other.close()
         stage.close()
-
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tests.faults import pictures, tracing
+from tests.faults import pictures
 from tests.faults.outcome import Outcome
 from tests.faults.pictures import Picture
 from tests.faults.stage import Case, Stage
@@ -48,7 +48,7 @@ class _Watch(Fault):
 
     def entering(self, child: Child, call: Call) -> int:
         if call.number in _CHANGING:
-            self.changing.append(call.index)
+            self.changing.append(call.place)
         return 0
 
 
@@ -71,13 +71,31 @@ class Interrupt(Fault):
 
 
 def kill_everywhere(case: Case, operation: Operation, *, stride: int) -> Iterator[Outcome]:
-    """Every changing call, and each `stride`th of the others. Yields an outcome for each kill."""
+    """Every changing call, what comes after it, and each `stride`th of the others. An outcome for each kill."""
+
+    def points(calls: _Watch) -> list[int]:
+        wanted = {*calls.changing, *(place + 1 for place in calls.changing), *range(0, calls.calls, stride)}
+        return sorted(wanted)
+
+    return _kill(case, operation, points)
+
+
+def kill_some(case: Case, operation: Operation, *, most: int) -> Iterator[Outcome]:
+    """Up to `most` of the changing calls, evenly."""
+    return _kill(case, operation, lambda calls: [calls.changing[at] for at in spread(len(calls.changing), most)])
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` of range(count), evenly."""
+    return sorted({at * count // min(count, most) for at in range(min(count, most))}) if count else []
+
+
+def _kill(case: Case, operation: Operation, points: Callable[[_Watch], list[int]]) -> Iterator[Outcome]:
     stage = Stage(case)
     try:
         old, new, calls = _rehearse(stage, operation)
-        changing = {*calls.changing, *(index + 1 for index in calls.changing)}
-        for at in range(calls.calls):
-            if at in changing or at % stride == 0:
+        for at in points(calls):
+            if at < calls.calls:
                 _prepare(stage, operation)
                 begun = stage.picture()
                 fault = Kill(at)

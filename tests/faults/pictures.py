@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from netapply.kernel import NETLINK_NETFILTER, NETLINK_ROUTE
 from netapply.namespace import Namespace
+from netapply.ruleset import Family
 
 _HEADER = struct.Struct("=IHHII")
 _DUMP = 0x301
@@ -99,12 +100,12 @@ def _nftables(namespace: Namespace, state: dict[Key, object], exact: dict[Key, t
             handle = attributes.get(_HANDLE[kind], b"")
             table = _text(attributes[1])
             if kind == _RULE:
-                key = ("rules", family, table, _text(attributes[2]))
-                rules.setdefault(key, []).append(_without_set_index(kept))
-                raw.setdefault(key, []).append(handle + kept)
+                chain: Key = ("rules", family, table, _text(attributes[2]))
+                rules.setdefault(chain, []).append(_without_set_index(kept))
+                raw.setdefault(chain, []).append(handle + kept)
                 continue
             named = _NAME.get(kind)
-            key = (_WORDS[kind], family, table, *([_text(attributes[named])] if named else []))
+            key: Key = (_WORDS[kind], family, table, *([_text(attributes[named])] if named else []))
             state[key] = kept
             exact[key] = (handle + kept,)
             if kind == _SET:
@@ -138,7 +139,7 @@ def _legacy(
 ) -> None:
     """The chains of a table. A rule is its counters and its bytes, a jump by the name of the chain that it leads to."""
     name = table.encode().ljust(32, b"\0")
-    which = "ip" if family == "ip" else "ip6"
+    which: Family = "ip" if level == 0 else "ip6"
     info = namespace.getsockopt(which, 64, name + bytes(84 - 32))
     _, hooks, *places = struct.unpack("=32sI5I5III", info)
     size = places[-1]

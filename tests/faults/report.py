@@ -9,7 +9,8 @@ from tests.faults.outcome import Sum
 
 _BEGIN, _END = "<!-- faults: begin -->\n", "<!-- faults: end -->"
 _HEAD = (
-    "| Fault | Dialect | Tries | Between at once | Old | New | Lost |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |\n"
+    "| Fault | Dialect | Tries | Between at once | Old | New | Lost |\n"
+    "| --- | --- | ---: | ---: | ---: | ---: | ---: |\n"
 )
 
 

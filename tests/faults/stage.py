@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from netapply import netlink
 from netapply.namespace import Namespace
 from tests import foreign, netns
 from tests.faults import pictures, tracing
@@ -51,6 +52,7 @@ class Stage:
         self.directory = Path(tempfile.mkdtemp(prefix="netapply-faults-"))
         self.state = self.directory / "state"
         self.lock = self.directory / "xtables.lock"
+        self._lock_before = os.environ.get("XTABLES_LOCKFILE", "")
         os.environ["XTABLES_LOCKFILE"] = str(self.lock)
         self.plans: list[str] = []
         for at, text in enumerate(PLANS[case.mode]):
@@ -66,6 +68,7 @@ class Stage:
         """Let go of the namespace, and remove the files."""
         self.namespace.close()
         self.netns.close()
+        os.environ["XTABLES_LOCKFILE"] = self._lock_before
         shutil.rmtree(self.directory)
 
     def words(self, command: str, *more: str, where: str = "", lock_timeout: float = 10) -> list[str]:
@@ -82,10 +85,17 @@ class Stage:
         words = self.words(command, *more, **how)  # type: ignore[arg-type]  # lock_timeout alone
         return tracing.run(lambda: command_line(words))
 
-    def fail(self, command: str, fault: Fault, *more: str, where: str = "", lock_timeout: float = 10) -> Ended:
-        """Run a command with a fault."""
-        words = self.words(command, *more, where=where, lock_timeout=lock_timeout)
-        return tracing.trace(lambda: command_line(words), fault)
+    def fail(
+        self, command: str, fault: Fault, *more: str, where: str = "", deadline: float = netlink.DEADLINE
+    ) -> Ended:
+        """Run a command with a fault. `deadline` is in seconds, for an answer of the kernel's."""
+        words = self.words(command, *more, where=where)
+
+        def work() -> int:
+            netlink.DEADLINE = deadline
+            return command_line(words)
+
+        return tracing.trace(work, fault)
 
     def picture(self) -> Picture:
         """What the namespace holds now."""
@@ -117,7 +127,7 @@ def command_line(words: Sequence[str]) -> int:
 
 def warm(stage: Stage) -> None:
     """Import what the commands import, once for all children: a fault in an import is none of ours."""
-    for command in ("apply a", "apply b", "verify", "clean"):
+    for command in ("apply a", "apply b", "rollback", "recover", "verify", "clean"):
         words = stage.words(command)
 
         def told(words: Sequence[str] = words) -> int:

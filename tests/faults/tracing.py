@@ -41,9 +41,9 @@ _libc.ptrace.restype = ctypes.c_long
 
 
 class Call(NamedTuple):
-    """One system call: which of the run's it is, its number and arguments, and the thread that makes it."""
+    """One system call: the place that it has in the run, its number and arguments, and the thread that makes it."""
 
-    index: int
+    place: int
     number: int
     arguments: tuple[int, ...]
     thread: int
@@ -79,7 +79,7 @@ class Kill(Fault):
         self.at = at
 
     def entering(self, child: Child, call: Call) -> int:
-        if call.index >= self.at:
+        if call.place >= self.at:
             self.hit = True
             child.kill()
         return 0
@@ -139,6 +139,7 @@ def fork(work: Callable[[], int], *, traced: bool) -> tuple[int, int]:
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has others in their place
         if traced:
             _libc.ptrace(_TRACEME, 0, None, None)
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from netapply.conformance.case import Case, Probe, Sender
-from netapply.conformance.cases.words import BY_GROUP, DIRECT, PROXY, TPROXIED, address, into, out
+from netapply.conformance.cases.words import (
+    BY_GROUP,
+    DIRECT,
+    IN,
+    OUT,
+    PROXY,
+    TPROXIED,
+    address,
+    captured,
+    into,
+    nets,
+    out,
+)
 from netapply.ruleset import FAMILIES
 
 _TPROXY = {"inbound": {"mode": "tproxy"}}
@@ -16,7 +28,12 @@ _PLAIN = tuple(
     Probe("pod", protocol, address(to, family), port, DIRECT, sender)  # type: ignore[arg-type]  # tcp and udp
     for family in FAMILIES
     for sender in (Sender(1000, 1000), PROXY, Sender(0, 0))
-    for protocol, to, port in (("tcp", "remote", 80), ("tcp", "pod", 8080), ("tcp", "loopback", 80), ("udp", "remote", 53))
+    for protocol, to, port in (
+        ("tcp", "remote", 80),
+        ("tcp", "pod", 8080),
+        ("tcp", "loopback", 80),
+        ("udp", "remote", 53),
+    )
 )
 
 CASES: tuple[Case, ...] = (
@@ -32,6 +49,15 @@ CASES: tuple[Case, ...] = (
     Case("inbound tproxy: before reroute", "full",
         {"inbound": {"mode": "tproxy", "tproxy": {"before_reroute": True}}, "interfaces": {"reroute": ["br-1"]}},
         (*into(TPROXIED, to="virtual", device="br-1"), *into(TPROXIED, device="eth1"))),
+    Case("update: to tproxy, flows through the pod go on", "core", {"inbound": {"mode": "none"}},
+        into(DIRECT, to="virtual"), story="update", update=_TPROXY, after=into(TPROXIED, to="virtual")),
+    Case("inbound tproxy: what bears the mark under its mask stays here", "core",
+        {"inbound": {"mode": "tproxy", "tproxy": {"mark": "0x539/0xfff"}}},
+        (*out(captured(80, "tproxy"), "elsewhere", source="pod", sender=PROXY, mark=0x1539, only=("ip6",)),
+        *out(captured(80, "tproxy"), "elsewhere", source="pod", sender=PROXY, mark=0x539, only=("ip6",)))),
+    Case("update: to fewer destinations and ports", "core", {}, (*out(OUT, "elsewhere"), *into(IN)), story="update",
+        update={"outbound": {"cidrs": {"include": nets("remote")}}, "inbound": {"ports": {"include": [8081]}}},
+        after=(*out(DIRECT, "elsewhere"), *out(OUT), *into(DIRECT), *into(IN, 8081))),
     Case("counters: each rule counts what it matches", "core", {}, (*_PLAIN, *into(DIRECT), *into(DIRECT, 15008)),
         story="model"),
     Case("counters: by TPROXY, with DNS and zones", "core", {**_TPROXY, "dns": {"capture": "all"}, "invalid": "drop"},

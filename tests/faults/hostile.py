@@ -1,0 +1,183 @@
+"""Applies while others change the same tables in a loop: `python -m tests.faults.hostile [--applies N]`.
+
+iptables-legacy, iptables-nft, nft and another netapply write as fast as they can. Each of the stock tools adds rules
+that stay and rules that go, and keeps a ledger of those that stay: in the end all of them must be there, and ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import netapply
+from netapply.backend import BUILT_IN
+from netapply.errors import ApplyError, ConflictError, LockError
+from netapply.planfile import read_plan
+from tests import foreign, netns
+from tests.netns import Netns
+
+#: Rules of each writer that stay.
+STAYING = 200
+_ADD = {
+    "iptables-legacy": "iptables-legacy -w 5 -t nat -A DOCKER -p tcp --dport {} -j RETURN",
+    "iptables-nft": "iptables-nft -t nat -A DOCKER -p tcp --dport {} -j RETURN",
+    "nft": "nft add rule inet somebody input tcp dport {} drop",
+}
+_SHOW = {"iptables-legacy": "iptables-legacy-save", "iptables-nft": "iptables-nft-save", "nft": "nft list ruleset"}
+_PASSING = {
+    "iptables-legacy": ("iptables-legacy -w 5 -t nat -I OUTPUT -p udp --dport 7 -j ACCEPT",
+                        "iptables-legacy -w 5 -t nat -D OUTPUT -p udp --dport 7 -j ACCEPT"),
+    "iptables-nft": ("iptables-nft -t nat -I OUTPUT -p udp --dport 7 -j ACCEPT",
+                     "iptables-nft -t nat -D OUTPUT -p udp --dport 7 -j ACCEPT"),
+    "nft": ("nft add table ip passing", "nft delete table ip passing"),
+}  # fmt: skip
+_FIRST = 20000
+
+
+class Told(NamedTuple):
+    """What became of the applies of one dialect, and of everybody's rules."""
+
+    backend: str
+    applies: int
+    changed: int
+    #: Gave up, with the namespace as it was, as others changed the tables too often, or held the lock too long.
+    conflicts: int
+    foreign: int
+    foreign_lost: int
+    ours_missing: int
+    longest: float
+
+
+def write_for_ever(tool: str, ledger: Path) -> None:
+    """One writer: what it is sure of stands in its ledger."""
+    done: list[int] = []
+    while True:
+        if len(done) < STAYING:
+            port = _FIRST + len(done)
+            if not _run(_ADD[tool].format(port)):
+                done.append(port)
+                ledger.write_text(" ".join(map(str, done)))
+        for command in _PASSING[tool]:
+            _run(command)
+
+
+def _run(command: str) -> int:
+    return subprocess.run(command.split(), check=False, capture_output=True, timeout=netns.PATIENCE).returncode
+
+
+def apply_for_ever(path: str, plans: list[str], backend: str) -> None:
+    """Another netapply."""
+    with netapply.open(path) as capture:
+        for at in range(1 << 30):
+            try:
+                capture.apply(read_plan(plans[at % 2]), backend=backend)
+            except (ApplyError, ConflictError, LockError):
+                continue
+
+
+@contextmanager
+def _others(work: dict[str, Callable[[], None]], place: _Place) -> Iterator[None]:
+    pids: list[int] = []
+    try:
+        for each in work.values():
+            pid = os.fork()
+            if not pid:
+                try:
+                    place.enter_for_good()
+                    each()
+                finally:
+                    os._exit(1)
+            pids.append(pid)
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, 15)
+            os.waitpid(pid, 0)
+        time.sleep(0.5)  # a tool that one of them had started ends by itself
+
+
+def attacked(backend: str, applies: int, directory: Path) -> Told:
+    """That many applies of one dialect in a namespace of its own, with everybody at work."""
+    plans = []
+    for name, text in (("a", ""), ("b", "outbound: {cidrs: {exclude: [10.1.0.0/16, 10.3.0.0/16]}}\n")):
+        path = directory / f"{name}.yaml"
+        path.write_text(f"apiVersion: netapply/v1\n{text}")
+        plans.append(str(path))
+    place = _Place(netns.make())
+    foreign.put_up(place.netns, backend)
+    if backend == "iptables-legacy":
+        tools = ["iptables-legacy", "nft"]
+    else:
+        tools = ["iptables-nft", "nft"]
+        place.netns.run("iptables-legacy", "-t", "nat", "-N", "DOCKER")
+        tools.append("iptables-legacy")
+    ledgers = {tool: directory / f"{backend}-{tool}" for tool in tools}
+    work: dict[str, Callable[[], None]] = {tool: partial(write_for_ever, tool, ledgers[tool]) for tool in tools}
+    work["netapply"] = lambda: apply_for_ever(place.netns.path, plans, backend)
+    counts: Counter[str] = Counter()
+    longest = 0.0
+    with _others(work, place), netapply.open(place.netns.path) as capture:
+        loaded = [read_plan(path) for path in plans]
+        for at in range(applies):
+            begun = time.monotonic()
+            try:
+                counts["changed"] += capture.apply(loaded[at % 2], backend=backend).changed
+            except (ApplyError, ConflictError, LockError) as error:
+                if isinstance(error, ApplyError) and not error.restored:
+                    counts["unrestored"] += 1
+                counts["conflicts"] += 1
+            longest = max(longest, time.monotonic() - begun)
+    with netapply.open(place.netns.path) as capture:
+        capture.recover()  # the other netapply was ended in the middle of something
+        missing = len(capture.verify().changes) if counts["changed"] else 1
+        capture.apply(loaded[0], backend=backend)
+        missing += not capture.verify(loaded[0]).same
+    lost = total = 0
+    for tool, ledger in ledgers.items():
+        shown = place.netns.run(*_SHOW[tool].split())
+        ports = ledger.read_text().split() if ledger.exists() else []
+        total += len(ports)
+        lost += sum(f"dport {port} " not in shown for port in ports)
+    place.netns.close()
+    return Told(backend, applies, counts["changed"], counts["conflicts"], total, lost, missing, longest)
+
+
+class _Place:
+    """A namespace that a process can enter for good."""
+
+    def __init__(self, place: Netns) -> None:
+        self.netns = place
+
+    def enter_for_good(self) -> None:
+        from netapply import syscalls
+
+        syscalls.setns(self.netns.fd)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--applies", type=int, default=10_000)
+    arguments = parser.parse_args()
+    told = []
+    with tempfile.TemporaryDirectory(prefix="netapply-hostile-") as name:
+        directory = Path(name)
+        os.environ["XTABLES_LOCKFILE"] = str(directory / "xtables.lock")
+        os.environ["NETAPPLY_STATE_DIR"] = str(directory / "state")
+        for backend in BUILT_IN:
+            told.append(attacked(backend, arguments.applies // len(BUILT_IN) + 1, directory))
+            print(told[-1], flush=True)
+    return int(any(each.foreign_lost or each.ours_missing for each in told))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""The unit on a real systemd: what it says is enforced, and whatever befalls the agent, no connection goes astray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.systemd.machine import NETAPPLY, PYTHON, Machine, lacking
+
+pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
+
+HERE = Path(__file__).parent
+PLAN = "apiVersion: netapply/v1\nipv6: skip\n"
+FILED = PLAN + "namespaces: [{path: pod}]\n"
+MAY = ("enter a namespace and set what it may", "take the lock of iptables-legacy", "keep state")
+START = ("systemd-sysusers netapply.conf", "systemd-tmpfiles --create netapply.conf", "systemctl daemon-reload")
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """Booted once, with the agent as `install-unit` says it is to be started, and a pod with a way out."""
+    with Machine(tmp_path_factory.mktemp("machine"), {HERE: "/opt/tests"}) as machine:
+        said = machine.netapply("install-unit")
+        steps = [line.removeprefix("next: ") for line in said.splitlines() if line.startswith("next: ")]
+        assert tuple(steps[:3]) == START
+        for step in steps:
+            machine.run(*step.split())
+        machine.write("/tmp/plan.yaml", PLAN)
+        for line in (
+            "netns add pod",
+            "netns add peer",
+            "link add name out netns pod type veth peer name in netns peer",
+            "-n pod addr add 10.9.0.1/24 dev out",
+            "-n peer addr add 10.9.0.2/24 dev in",
+            "-n pod link set lo up",
+            "-n pod link set out up",
+            "-n peer link set in up",
+        ):
+            machine.run("ip", *line.split())
+        yield machine
+
+
+@pytest.fixture(autouse=True)
+def _as_new(machine: Machine) -> Iterator[None]:
+    machine.systemctl("reset-failed", check=False)
+    yield
+    machine.run("sh", "-c", "rm -rf /etc/netapply/plans.d/* /etc/systemd/system/netapply.service.d")
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", "netapply.service")
+    machine.until(lambda: not states(machine), "plans are still in force")
+
+
+def states(machine: Machine) -> dict[str, str]:
+    answer: Any = json.loads(machine.netapply("status", "-o", "json", check=False))
+    assert answer["ok"], answer
+    return {each["name"]: each["state"] for each in answer["namespaces"]}
+
+
+def file_plan(machine: Machine, text: str = FILED, flags: str = "") -> None:
+    machine.write("/etc/netapply/plans.d/test.yaml", text)
+    machine.until(lambda: list(states(machine).values()) == ["inplace"], f"the plan was not put in force {flags}")
+
+
+def main_pid(machine: Machine) -> int:
+    """As the machine counts."""
+    return int(machine.show("netapply.service", "MainPID")["MainPID"])
+
+
+def restarted(machine: Machine, before: int) -> bool:
+    shown = machine.show("netapply.service", "MainPID", "ActiveState")
+    return shown["ActiveState"] == "active" and int(shown["MainPID"]) not in (0, before)
+
+
+@contextmanager
+def connections(machine: Machine) -> Iterator[dict[str, int]]:
+    """Connect from the pod to its peer all the time; afterwards, who answered how often."""
+    inside = ("ip", "netns", "exec")
+    programs = [
+        machine.spawn(*inside, "peer", PYTHON, "/opt/tests/traffic.py", "serve", "peer", "80"),
+        machine.spawn(*inside, "pod", PYTHON, "/opt/tests/traffic.py", "serve", "proxy", "15001"),
+    ]
+    answers: dict[str, int] = {}
+    try:
+        for program in programs:
+            assert program.stdout
+            assert program.stdout.readline() == "ready\n"
+        asking = machine.spawn(*inside, "pod", PYTHON, "/opt/tests/traffic.py", "ask", "10.9.0.2", "80")
+        programs.append(asking)
+        assert asking.stdout
+        assert asking.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        yield answers
+        answers.update(json.loads(asking.communicate("end\n", timeout=30)[0]))
+    finally:
+        for program in programs:
+            _end(machine, program)
+
+
+def _end(machine: Machine, program: subprocess.Popen[str]) -> None:
+    if program.poll() is None:
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        subprocess.run(["kill", "-9", str(program.pid), *children], check=False)
+    program.wait(10)
+
+
+# --- what the unit says ------------------------------------------------------------------------------------------
+
+
+def test_it_starts_and_says_so(machine: Machine) -> None:
+    shown = machine.show("netapply.service", "ActiveState", "Type", "StatusText", "NRestarts", "WatchdogUSec")
+    assert shown["ActiveState"] == "active"
+    assert shown["Type"] == "notify"
+    assert shown["WatchdogUSec"] == "30s"
+    file_plan(machine)
+    machine.until(lambda: machine.show("netapply.service", "StatusText")["StatusText"] == "1 inplace", "no status")
+    assert '"event": "applied"' in machine.journal()
+
+
+def test_what_the_unit_forbids_is_refused(machine: Machine) -> None:
+    unit = machine.run("cat", "/etc/systemd/system/netapply.service")
+    start = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
+    unit = unit.replace(start, f"ExecStart={PYTHON} /opt/tests/probe.py").replace("Type=notify", "Type=oneshot")
+    kept = [line for line in unit.splitlines() if not line.startswith(("Restart", "Watchdog", "Runtime", "Requires"))]
+    machine.write("/run/systemd/system/probe.service", "\n".join(kept))
+    machine.systemctl("daemon-reload")
+    machine.systemctl("start", "probe.service")
+    said = machine.run("journalctl", "-u", "probe", "-o", "cat", "--no-pager")
+    outcome = json.loads(next(line for line in said.splitlines() if line.startswith("OUTCOME"))[8:])
+    assert {name for name, what in outcome.items() if what == "done"} == set(MAY), outcome
+
+
+def test_the_agent_itself_has_given_up_to_run_programs(machine: Machine) -> None:
+    status = machine.run("cat", f"/proc/{main_pid(machine)}/status")
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert fields["NoNewPrivs"] == "1"
+    assert fields["Seccomp"] == "2"
+    assert int(fields["CapEff"], 16) == 1 << 12 | 1 << 21 | 1 << 19  # NET_ADMIN, SYS_ADMIN, SYS_PTRACE
+
+
+def test_members_of_the_group_may_read_and_others_nothing(machine: Machine) -> None:
+    machine.run("useradd", "-G", "netapply", "reader", check=False)
+    machine.run("useradd", "stranger", check=False)
+    machine.write("/tmp/plan.yaml", PLAN)
+
+    def asked_by(who: str, *words: str) -> str:
+        return machine.run("setpriv", f"--reuid={who}", f"--regid={who}", "--init-groups", NETAPPLY, *words, check=False)
+
+    assert "the agent keeps no namespace" in asked_by("reader", "status")
+    assert "may not connect" in asked_by("stranger", "status")
+    assert "netapply:" in asked_by("reader", "apply", "-N", "pod", "/tmp/plan.yaml")
+    assert "table inet netapply" not in machine.run("ip", "netns", "exec", "pod", "nft", "list", "ruleset")
+
+
+def test_prometheus_scrapes_a_service_that_is_in_no_network(machine: Machine) -> None:
+    file_plan(machine)
+    machine.systemctl("stop", "netapply.service")  # a socket unit is not started beside a service that runs
+    machine.systemctl("start", "netapply-metrics.socket", "netapply.service")
+    code = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9469/metrics', timeout=10).read().decode())"
+    said = machine.run(PYTHON, "-c", code)
+    machine.systemctl("stop", "netapply-metrics.socket", "netapply.service")
+    assert 'netapply_namespaces{state="inplace"} 1' in said
+
+
+# --- what may befall it ------------------------------------------------------------------------------------------
+
+
+def test_killed_it_is_back_soon_and_no_connection_goes_astray(machine: Machine, figure: Any) -> None:
+    file_plan(machine)
+    with connections(machine) as answers:
+        for _ in range(3):
+            pid = main_pid(machine)
+            machine.run("kill", "-9", str(pid))
+            took = machine.until(lambda pid=pid: restarted(machine, pid), "it did not come back")
+    assert set(answers) == {"proxy"}, answers
+    figure(f"killed 3 times: {answers['proxy']} connections, none astray; back after {took:.1f} s")
+
+
+def test_what_was_broken_while_it_was_dead_is_healed_when_it_is_back(machine: Machine) -> None:
+    file_plan(machine)
+    machine.systemctl("stop", "netapply.service")
+    machine.run("ip", "netns", "exec", "pod", "nft", "flush", "ruleset")
+    machine.systemctl("start", "netapply.service")
+    assert "table inet netapply" in machine.run("ip", "netns", "exec", "pod", "nft", "list", "ruleset")
+
+
+def test_a_namespace_that_was_handed_over_as_a_descriptor_outlasts_the_process(machine: Machine) -> None:
+    machine.write("/tmp/plan.yaml", PLAN)
+    holder = machine.spawn("unshare", "-n", "sleep", "600")
+    try:
+        inside = machine.until(lambda: bool(_sleeper(machine)), "nobody sleeps")
+        assert inside >= 0
+        machine.run("nsenter", "-t", _sleeper(machine), "-n", NETAPPLY, "apply", "/tmp/plan.yaml")
+        machine.until(lambda: machine.show("netapply.service", "NFileDescriptorStore")["NFileDescriptorStore"] == "1", "x")
+        pid = main_pid(machine)
+        machine.run("kill", "-9", str(pid))
+        machine.until(lambda: restarted(machine, pid), "it did not come back")
+        assert list(states(machine).values()) == ["inplace"]
+        machine.run("nsenter", "-t", _sleeper(machine), "-n", "nft", "flush", "ruleset")
+        table = ("nsenter", "-t", _sleeper(machine), "-n", "nft", "list", "ruleset")
+        machine.until(lambda: "table inet netapply" in machine.run(*table), "it was not healed")
+        machine.run("nsenter", "-t", _sleeper(machine), "-n", NETAPPLY, "clean")
+        machine.until(lambda: machine.show("netapply.service", "NFileDescriptorStore")["NFileDescriptorStore"] == "0", "y")
+    finally:
+        _end(machine, holder)
+
+
+def _sleeper(machine: Machine) -> str:
+    return machine.run("pidof", "sleep", check=False).strip()
+
+
+def test_an_agent_that_hangs_is_ended_by_the_watchdog_and_one_that_works_is_not(machine: Machine) -> None:
+    machine.write("/etc/systemd/system/netapply.service.d/watchdog.conf", "[Service]\nWatchdogSec=3\n")
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", "netapply.service")
+    file_plan(machine)
+    pid = main_pid(machine)
+    time.sleep(7)
+    assert main_pid(machine) == pid
+    with connections(machine) as answers:
+        machine.run("kill", "-STOP", str(pid))
+        machine.until(lambda: restarted(machine, pid), "the watchdog slept")
+    assert set(answers) == {"proxy"}, answers
+    assert "Watchdog timeout" in machine.journal()
+
+
+def test_an_upgrade_loses_no_connection(machine: Machine, figure: Any) -> None:
+    file_plan(machine)
+    pip = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--force-reinstall")
+    with connections(machine) as answers:
+        machine.run("sh", "-c", f"{PYTHON} {' '.join(pip)} /wheelhouse/netapply-*.whl")
+        machine.netapply("install-unit")
+        machine.systemctl("restart", "netapply.service")
+        machine.until(lambda: list(states(machine).values()) == ["inplace"], "the new one does not keep it")
+    assert set(answers) == {"proxy"}, answers
+    figure(f"an upgrade: {answers['proxy']} connections, none astray")
+
+
+def test_nftables_service_flushes_the_machine_and_is_healed(machine: Machine) -> None:
+    flags = "/opt/netapply/bin/python3 -I -m netapply agent --host --read-group netapply"
+    drop_in = f"[Service]\nExecStart=\nExecStart={flags}\n"
+    machine.write("/etc/systemd/system/netapply.service.d/host.conf", drop_in)
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", "netapply.service")
+    file_plan(machine, PLAN + "namespaces: [{path: /proc/1/ns/net}]\n")
+    assert "table inet netapply" in machine.run("nft", "list", "ruleset")
+    machine.systemctl("restart", "nftables.service")  # its file begins with: flush ruleset
+    machine.until(lambda: "table inet netapply" in machine.run("nft", "list", "ruleset"), "it was not healed")
+    assert "table inet filter" in machine.run("nft", "list", "ruleset")
+    assert '"process": "nft"' in machine.journal()
+    machine.systemctl("stop", "nftables.service")
+    machine.until(lambda: "table inet netapply" in machine.run("nft", "list", "ruleset"), "it was not healed")
+
+
+def test_reload_looks_at_everything(machine: Machine) -> None:
+    file_plan(machine)
+    pid = main_pid(machine)
+    machine.systemctl("reload", "netapply.service")
+    assert main_pid(machine) == pid
+    assert states(machine) == {"pod": "inplace"}

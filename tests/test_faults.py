@@ -1,0 +1,231 @@
+"""The short form of `make faults`: a sample of each class in each dialect; and recover, rollback and history."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import netapply
+from netapply import history
+from netapply.backend import BUILT_IN
+from netapply.errors import ConflictError, NetapplyError
+from netapply.journal import KEPT, Journal
+from netapply.plan import CapturePlan
+from tests.faults import answers, circumstances, hostile, kills, refusals, report, soak, tracing
+from tests.faults.kills import Interrupt
+from tests.faults.outcome import Outcome, Sum, summed
+from tests.faults.stage import MODES, Case, Stage, warm
+from tests.faults.tracing import Fault
+from tests.netns import Netns
+
+BACKENDS = tuple(BUILT_IN)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    tracing.require()
+    for backend in BACKENDS:
+        stage = Stage(Case(backend, "tproxy", "IPv4"))
+        warm(stage)
+        stage.close()
+
+
+def sample(outcomes: Iterator[Outcome]) -> int:
+    """How many there were, none of them wrong."""
+    found = [*outcomes]
+    wrong = [f"{each.where}: {line}" for each in found for line in each.wrong]
+    assert not wrong, "\n".join(wrong)
+    assert found
+    return len(found)
+
+
+@each_backend
+@pytest.mark.parametrize("operation", kills.OPERATIONS, ids=lambda operation: operation.name)
+def test_killed_at_a_system_call_the_next_command_makes_it_old_or_new(
+    backend: str, operation: kills.Operation, figure: Callable[[str], None]
+) -> None:
+    """A sample of the system calls of each command; `make faults` takes all."""
+    mode = MODES[(BACKENDS.index(backend) + kills.OPERATIONS.index(operation)) % 2]
+    figure(f"{sample(kills.kill_some(Case(backend, mode, 'IPv4 and IPv6'), operation, most=8))} kill points")
+
+
+@each_backend
+@pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.name)
+def test_where_a_system_call_fails_it_is_told_and_old_or_new_stands(backend: str, refusal: refusals.Refusal) -> None:
+    sample(refusals.refuse_everywhere(Case(backend, "redirect", "IPv4 and IPv6"), refusal, most=2))
+
+
+@each_backend
+@pytest.mark.parametrize("name", answers.ANSWERS)
+def test_where_an_answer_is_spoiled_it_is_told_and_old_or_new_stands(backend: str, name: str) -> None:
+    sample(answers.answer_everywhere(Case(backend, "redirect", "IPv4 and IPv6"), name, most=2))
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "work", [answers.writers, circumstances.torn, circumstances.locked, circumstances.jumped], ids=lambda w: w.__name__
+)
+def test_in_bad_circumstances_old_or_new_stands(backend: str, work: Callable[[Case], Iterator[Outcome]]) -> None:
+    sample(work(Case(backend, "redirect", "IPv4 and IPv6")))
+
+
+@each_backend
+def test_a_namespace_deleted_or_replaced_in_mid_apply_and_the_other_is_never_touched(backend: str) -> None:
+    sample(circumstances.replaced(Case(backend, "redirect", "IPv4"), most=3))
+
+
+@each_backend
+def test_rules_of_writers_who_never_end_all_stand_in_the_end(
+    backend: str, tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    told = hostile.attacked(backend, 60, tmp_path)
+    figure(str(told))
+    assert (told.foreign_lost, told.ours_missing) == (0, 0)
+
+
+def test_namespaces_that_come_and_go_leave_nothing_in_the_process() -> None:
+    assert not soak.faults(soak.soak(20))
+
+
+def test_the_rig_sees_what_is_lost() -> None:
+    """A rule of somebody else's that goes, and a state that is neither."""
+    stage = Stage(Case("nftables", "redirect", "IPv4"))
+    try:
+        old = stage.reset("apply a")
+        stage.netns.run("nft", "flush", "chain", "inet", "netapply", "nat-outbound")
+        stage.netns.run("nft", "flush", "chain", "inet", "somebody", "input")
+        ended = tracing.Ended(0, "", 0)
+        outcome = refusals.judge(stage, "none", "nowhere", ended, old, old)
+        assert outcome.state == ""
+        assert any("somebody" in line for line in outcome.wrong)
+    finally:
+        stage.close()
+
+
+def test_the_table_sums_up_what_was_tried() -> None:
+    outcomes = [
+        Outcome("a fault", "nftables", "", "between", "old"),
+        Outcome("a fault", "nftables", "", "new", "new"),
+        Outcome("a fault", "nftables", "", "new", "", ("lost",)),
+    ]
+    assert summed(outcomes) == {("a fault", "nftables"): Sum(3, 1, 1, 1, 1, 0)}
+    assert "| a fault | nftables | 3 | 1 | 1 | 1 | 1 |" in report.table(summed(outcomes))
+
+
+def test_recover_finishes_or_undoes_and_says_which() -> None:
+    stage = Stage(Case("iptables-legacy", "tproxy", "IPv4 and IPv6"))
+    try:
+        old = stage.reset("apply a")
+        assert "nothing was interrupted" in stage.run("recover").output
+        stage.fail("apply b", Interrupt(stage))
+        assert stage.pending()
+        done = stage.run("recover", "-o", "json")
+        assert "an interrupted run was undone" in json.loads(done.output)["reason"]
+        assert stage.picture().state == old.state
+        assert not stage.pending()
+        assert "nothing was interrupted" in stage.run("recover").output
+    finally:
+        stage.close()
+
+
+PLANS = [CapturePlan(), CapturePlan(ipv6="skip"), CapturePlan(comments=True)]
+
+
+@each_backend
+def test_rollback_brings_back_earlier_states_and_before_the_first_nothing_of_ours(netns: Netns, backend: str) -> None:
+    with netapply.open(netns.path) as capture:
+        for plan in PLANS:
+            assert capture.apply(plan, backend=backend).changed
+        assert not capture.apply(PLANS[2]).changed  # no state of its own
+        assert capture.rollback().changed
+        assert capture.verify(PLANS[1]).same
+        assert capture.rollback(3).changed
+        assert capture.verify(PLANS[0]).same
+        assert capture.verify().same
+        assert capture.rollback(5).changed
+        assert capture.show() == ()
+        assert capture.rollback().changed
+        assert capture.verify(PLANS[0]).same
+        capture.clean()
+        with pytest.raises(NetapplyError, match="knows of no state"):
+            capture.rollback()
+
+
+def test_only_so_many_states_are_kept(netns: Netns, tmp_path: Path) -> None:
+    with netapply.open(netns.path, state_directory=str(tmp_path / "state")) as capture:
+        for number in range(KEPT + 3):
+            capture.apply(PLANS[number % 2])
+        with pytest.raises(NetapplyError, match="there is no state"):
+            capture.rollback(KEPT + 1)
+        assert capture.rollback(KEPT).reason == f"state {KEPT + 2 - KEPT}"
+        names = [path.name for path in (tmp_path / "state").iterdir()]
+        assert sum(bool(re.fullmatch(r"[\d-]+\.\d", name)) for name in names) == KEPT
+        capture.clean()
+        assert [path.name for path in (tmp_path / "state").iterdir()] == ["history"]
+
+
+def test_rollback_to_a_state_of_another_dialect_is_refused(netns: Netns) -> None:
+    with netapply.open(netns.path) as capture:
+        capture.apply(PLANS[0], backend="nftables")
+        capture.rollback()
+        capture.apply(PLANS[0], backend="iptables-nft")
+        with pytest.raises(ConflictError, match="held by nftables"):
+            capture.rollback(2)
+
+
+def test_the_history_says_who_when_why_and_is_read_without_the_namespace(netns: Netns, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    with netapply.open(netns.path, state_directory=state) as capture:
+        capture.apply(PLANS[0], fingerprint="abc", reason="the mesh begins")
+        capture.apply(PLANS[0])
+        capture.apply(PLANS[1])
+        capture.rollback(reason="it did not work")
+        capture.clean()
+        mine = history.identity_of(capture.namespace.identity)
+    found = history.events(Journal(state))
+    assert [event.operation for event in found] == ["apply", "apply", "rollback", "clean"]
+    assert found == history.events(Journal(state), mine)
+    assert not history.events(Journal(state), "1-2-3")
+    assert [event.state for event in found] == [0, 1, 2, 0]
+    assert (found[0].reason, found[0].fingerprint, found[0].result) == ("the mesh begins", "abc", "done")
+    assert (found[0].uid, found[0].pid) == (os.getuid(), os.getpid())
+
+
+def test_the_history_is_bounded_and_lines_that_are_torn_are_left_out(
+    netns: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "LIMIT", 1000)
+    state = tmp_path / "state"
+    with netapply.open(netns.path, state_directory=str(state)) as capture:
+        for number in range(20):
+            capture.apply(PLANS[number % 2], reason="x" * 5000)
+    assert sum((state / name).stat().st_size for name in ("history", "history.1")) < 4000
+    with (state / "history").open("ab") as file:
+        file.write(b'[1.0, "torn')
+    before = history.events(Journal(str(state)))
+    assert before
+    assert before[-1].state == 19
+
+
+def test_a_change_that_failed_is_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(Case("nftables", "redirect", "IPv4"))
+    try:
+        stage.reset("apply a")
+        refusal = refusals.Refusal("", 105, ("sendto",), after=True)
+        count = 0
+        for at in range(40):
+            fault: Fault = refusals.Refused(refusal, at)
+            count += "as it was" in stage.fail("apply b", fault).output
+            stage.reset("apply a")
+        told = [event.result for event in history.events(Journal(str(stage.state)))]
+        assert count
+        assert told.count("failed, as it was") == count
+    finally:
+        stage.close()
