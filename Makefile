@@ -7,7 +7,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 ORACLES := iptables nftables conntrack libnftables1 iproute2 strace util-linux
 
-.PHONY: demo test conform model mutations faults soak bench lint types layers wheel check clean oracles userlands vagrant vagrant-box vagrant-share
+.PHONY: demo test conform model mutations faults soak bench lint types layers wheel check clean oracles userlands systemd vagrant vagrant-box vagrant-share
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/netapply demo
@@ -80,6 +80,13 @@ wheel: $(VENV)/.installed oracles
 	cp -r tests pyproject.toml build/wheel/
 	cd build/wheel && venv/bin/netapply demo >demo.txt || { cat demo.txt; exit 1; }
 	cd build/wheel && venv/bin/python -m pytest -q -p no:cacheprovider tests/test_promises.py
+
+# The service on a real systemd in a container, killed, hung and upgraded under traffic: a minute, and another for the
+# root file system, once (300 MB, ROOT=DIR for another place).
+ROOT ?= build/systemd/root
+systemd: $(VENV)/.installed
+	tests/systemd/root.sh $(ROOT) $(PY)
+	NETAPPLY_TEST_ROOT=$(abspath $(ROOT)) $(PY) -m pytest tests/systemd
 
 # The four kernels, a machine for each, one at a time: docs/kernels.md. Not part of check: an hour at level core.
 # KERNELS='5.10 6.1' for some of them, LEVEL=full for all cases, STEPS='demo unit' for some steps.

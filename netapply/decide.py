@@ -19,8 +19,9 @@ ZONE_DIRECT, ZONE_CAPTURED = 1, 2
 def decide(plan: CapturePlan, flow: Flow) -> Decision:
     """What becomes of the first packet of `flow` in a namespace that holds `plan`.
 
-    Only new connections are captured: a flow that existed before stays as it was. A packet over `lo` is an
-    outbound flow; its second sight, inbound, is never decided again.
+    Only new connections are captured: a flow that existed before stays as it was, whether connection tracking knows
+    it or has picked it up in its middle. A packet over `lo` is an outbound flow; its second sight, inbound, is never
+    decided again.
     """
     decision = _decide(plan_of(plan, flow.family), flow)
     return decision._replace(path=path_of(plan, flow.family, decision.path))
@@ -96,7 +97,7 @@ def _entering(plan: CapturePlan, flow: Flow) -> Decision:
     """Inbound, once more without rerouting where TPROXY comes before that."""
     if plan.inbound.mode == "tproxy" and plan.inbound.tproxy.before_reroute:
         captured = _inbound(plan._replace(interfaces=plan.interfaces._replace(reroute=())), flow)
-        if captured.verdict != "bypass":
+        if captured.verdict != "bypass" or _tproxied(plan, flow):
             return captured
     return _inbound(plan, flow)
 

@@ -31,9 +31,11 @@ _usable: dict[str, Probe] = {}
 
 def probe(kernel: Kernel, backend: Backend) -> Probe:
     """The backend's own probe; remembered where it is usable."""
-    known = _usable.get(backend.name)
-    if known is not None:
-        return known
+    return _usable.get(backend.name) or _probe_anew(kernel, backend)
+
+
+def _probe_anew(kernel: Kernel, backend: Backend) -> Probe:
+    """Whether the dialect is in use, too, is another matter in each namespace."""
     found = backend.probe(kernel)
     if found.status == "usable" and not found.missing:  # a missing module may be loaded any time
         _usable[backend.name] = found
@@ -108,7 +110,7 @@ def choose(
 def _iptables_in_use(kernel: Kernel) -> tuple[Backend, str]:
     """The dialect of iptables that somebody uses here. Unlike iptables-wrappers and Istio, looking leaves no trace."""
     legacy, nft = (find_backend(name) for name in ("iptables-legacy", "iptables-nft"))
-    if legacy.probe(kernel).in_use and not nft.probe(kernel).in_use:
+    if not _probe_anew(kernel, nft).in_use and _probe_anew(kernel, legacy).in_use:
         return legacy, "iptables-legacy alone holds rules here"
     return nft, "no rules here are of iptables-legacy alone"
 

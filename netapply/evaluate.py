@@ -60,9 +60,9 @@ class _Walk:
         return Trace(fate._replace(zone=self._zone), tuple(self._visits), self._decided)
 
     def _hooks(self) -> list[tuple[Table, Chain]]:
-        """Base chains that see this packet, by priority. NAT looks at new connections only, at those over lo once."""
+        """Base chains that see this packet, by priority. NAT looks at what is new to conntrack, over lo once."""
         hook = "output" if self._flow.direction == "outbound" else "prerouting"
-        seen_before = self._flow.state != "new" or (hook == "prerouting" and self._flow.iface == "lo")
+        seen_before = self._flow.tracked_as != "new" or (hook == "prerouting" and self._flow.iface == "lo")
         bases = [
             (chain.base.priority, table, chain)
             for table in self._tables
@@ -151,6 +151,8 @@ class _Walk:
                 return flow.protocol == match.protocol
             case "port":
                 return in_ranges(match.ranges, flow.sport if match.side == "src" else flow.dport) != match.negate
+            case "syn":
+                return flow.opens
             case "owner":
                 owner = flow.uid if match.id == "uid" else flow.gid
                 return (match.first <= owner <= match.last) != match.negate
@@ -161,7 +163,7 @@ class _Walk:
             case "connmark":
                 return (self._connmark & match.mask == match.value) != match.negate
             case "state":
-                return flow.state in match.states
+                return flow.tracked_as in match.states
             case "socket":
                 return flow.state == "established"
             case "limit":

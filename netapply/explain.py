@@ -177,7 +177,7 @@ def _did(statement: Statement) -> str:
 
 def _match_words(backend: Backend, visit: Visit, match: Match) -> str:
     """One match in the dialect's words: what it adds to a rule that has all that it needs to stand beside it."""
-    needed = [each for each in visit.rule.matches if each.kind == "protocol" and match.kind == "port"]
+    needed = [each for each in visit.rule.matches if each.kind == "protocol" and match.kind in ("port", "syn")]
     without = _words(backend, visit, needed)
     with_it = _words(backend, visit, [each for each in visit.rule.matches if each in (*needed, match)])
     first = _alike(with_it, without)

@@ -10,11 +10,13 @@ from netapply.values import NamedTuple
 TCP, UDP = 6, 17
 
 Direction: TypeAlias = Literal["outbound", "inbound"]
+#: picked-up: TCP without a SYN, of a connection that is older than connection tracking here. Conntrack calls it new.
+FlowState: TypeAlias = Literal[CtState, "picked-up"]
 Verdict: TypeAlias = Literal["bypass", "redirect", "tproxy", "dnat", "drop"]
 
 
 class Flow(NamedTuple):
-    """The first packet as the namespace's hooks see it.
+    """The first packet as the namespace's hooks see it, or in another `state` than new, one that is not the first.
 
     `direction`: "outbound" was sent by a socket in the namespace (hook output), "inbound" came from a device
     (hook prerouting). Addresses are packed, 4 or 16 bytes, network order. `iface` is the device that it leaves
@@ -31,12 +33,22 @@ class Flow(NamedTuple):
     uid: int = -1
     gid: int = -1
     cgroup: str = ""
-    state: CtState = "new"
+    state: FlowState = "new"
     mark: int = 0
 
     @property
     def family(self) -> Family:
         return "ip" if len(self.destination) == 4 else "ip6"
+
+    @property
+    def tracked_as(self) -> CtState:
+        """The state that conntrack gives it (net.netfilter.nf_conntrack_tcp_loose is 1, as by default)."""
+        return "new" if self.state == "picked-up" else self.state
+
+    @property
+    def opens(self) -> bool:
+        """Whether it is a SYN: TCP that begins, whatever conntrack makes of it."""
+        return self.protocol == TCP and self.state in ("new", "related", "untracked")
 
 
 class Decision(NamedTuple):

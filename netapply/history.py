@@ -61,7 +61,14 @@ def identity_of(identity: NamespaceId) -> str:
 
 def event_of(namespace: Namespace, operation: str, reason: str) -> Event:
     """The beginning of one."""
-    return Event(0, identity_of(namespace.identity), namespace.label.removeprefix("network namespace "), operation, "", reason=reason)
+    return Event(
+        0,
+        identity_of(namespace.identity),
+        namespace.label.removeprefix("network namespace "),
+        operation,
+        "",
+        reason=reason,
+    )
 
 
 def record(files: Files, event: Event) -> str:

@@ -312,7 +312,7 @@ class Namespace:
     def _visit(self, work: Callable[[], T]) -> T:
         """Run short `work` in the calling thread while that is in the namespace."""
         fd = self._open_fd()
-        home = os.open(CURRENT, os.O_RDONLY | os.O_CLOEXEC)
+        home = _open_current()
         try:
             if _file_of(home) == self._file:
                 return work()  # and so needs no capability: an init container has no CAP_SYS_ADMIN
@@ -336,6 +336,14 @@ def _file_of(place: str | int) -> tuple[int, int]:
 def _read(place: str) -> bytes:
     with FileIO(place) as file:
         return file.readall()
+
+
+def _open_current() -> int:
+    """The calling thread's own namespace, to come back to."""
+    try:
+        return os.open(CURRENT, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:  # of a kind of its own: a caller may take ENOENT for what it asked about
+        raise NamespaceError(f"the namespace to come back to cannot be opened: {error.strerror}") from error
 
 
 def _close(protocol: NetlinkProtocol, sock: socket.socket) -> None:

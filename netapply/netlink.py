@@ -16,6 +16,7 @@ DEADLINE = 5.0
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_ERROR_TYPE, _NOT_PERMITTED = struct.pack("=H", _NLMSG_ERROR), struct.pack("=i", -errno.EPERM)
 _NLM_F_ACK, _NLM_F_DUMP = 0x4, 0x300
 _NFNL_MSG_BATCH_BEGIN = 0x10
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
@@ -33,6 +34,9 @@ def open_netlink(protocol: NetlinkProtocol) -> socket.socket:
     sock.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
     sock.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
     _resize(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+    # To a socket that is connected with the kernel nobody else can send (af_netlink.c: netlink_getsockbyportid), so
+    # that no flood of forged answers can fill its buffer.
+    sock.connect((0, 0))
     return sock
 
 
@@ -76,6 +80,9 @@ def exchange(sock: socket.socket, protocol: NetlinkProtocol, request: bytes) -> 
         answer.append(data)
         if awaited:
             _settle(data, awaited)
+            # nfnetlink.c, nfnetlink_rcv: who may not is told once, whatever else the datagram asks.
+            if protocol == NETLINK_NETFILTER and data[4:6] == _ERROR_TYPE and data[16:20] == _NOT_PERMITTED:
+                break
     return answer
 
 

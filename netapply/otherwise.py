@@ -141,6 +141,10 @@ def _varied(match: Match, flow: Flow, sets: dict[str, NamedSet], *, hold: bool) 
             free = (each for each in _PORTS if not in_ranges(match.ranges, each))
             port = match.ranges[0].first if wanted else next(free, 0)
             return flow._replace(sport=port) if match.side == "src" else flow._replace(dport=port)
+        case "syn":
+            if flow.opens == hold:
+                return flow
+            return flow._replace(protocol=TCP, state="new") if hold else None
         case "owner":
             wanted, owner = hold != match.negate, flow.uid if match.id == "uid" else flow.gid
             if (match.first <= owner <= match.last) == wanted:
@@ -160,7 +164,7 @@ def _varied(match: Match, flow: Flow, sets: dict[str, NamedSet], *, hold: bool) 
         case "connmark":
             return flow if (match.value == 0) == (hold != match.negate) else None
         case "state":
-            if (flow.state in match.states) == hold:
+            if (flow.tracked_as in match.states) == hold:
                 return flow
             return flow._replace(state="invalid") if hold and "invalid" in match.states else None
         case "socket":

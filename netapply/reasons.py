@@ -26,6 +26,8 @@ def why_not(match: Match, flow: Flow, connmark: int, sets: Mapping[str, NamedSet
             return f"the protocol is {PROTOCOLS.get(flow.protocol, flow.protocol)}"
         case "port":
             return f"the port is {flow.dport}" if match.side == "dst" else f"the source port is {flow.sport}"
+        case "syn":
+            return "it opens no connection"
         case "owner":
             if flow.direction == "inbound":
                 return "a packet that comes in has no owner"
@@ -37,7 +39,7 @@ def why_not(match: Match, flow: Flow, connmark: int, sets: Mapping[str, NamedSet
         case "connmark":
             return f"the connection's mark is {connmark:#x}"
         case "state":
-            return f"the connection is {flow.state}"
+            return f"the connection is {flow.tracked_as}"
         case "socket":
             return "no socket of the proxy holds this connection"
         case "limit":

@@ -13,6 +13,7 @@ _MATCHES: dict[str, type[Any]] = {
     "set": rs.SetMatch,
     "protocol": rs.ProtocolMatch,
     "port": rs.PortMatch,
+    "syn": rs.SynMatch,
     "owner": rs.OwnerMatch,
     "cgroup": rs.CgroupMatch,
     "mark": rs.MarkMatch,

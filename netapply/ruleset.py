@@ -99,6 +99,15 @@ class PortMatch(NamedTuple):
     kind: Literal["port"] = "port"
 
 
+class SynMatch(NamedTuple):
+    """A TCP segment that opens a connection: of SYN, ACK, FIN and RST it has SYN alone (iptables' `--syn`).
+
+    The rule also has a ProtocolMatch of 6, and no PortMatch of one range: xt has one match for both.
+    """
+
+    kind: Literal["syn"] = "syn"
+
+
 class OwnerMatch(NamedTuple):
     """The sending socket's uid or gid lies in first..last. Only where there is a socket: hook output."""
 
@@ -112,7 +121,8 @@ class OwnerMatch(NamedTuple):
 class CgroupMatch(NamedTuple):
     """The sending socket's cgroup v2 is `path` (relative to the cgroup root, no leading slash) or below it.
 
-    `id` is the inode number of the cgroup directory, which native nftables stores instead of the path.
+    `id` is the inode number of the cgroup directory, which native nftables stores instead of the path. It cannot
+    negate the match: nft_socket.c ends the rule for a socket whose cgroup is not as deep.
     """
 
     path: str
@@ -165,7 +175,7 @@ class LimitMatch(NamedTuple):
 
 
 Match: TypeAlias = (
-    IfaceMatch | AddressMatch | SetMatch | ProtocolMatch | PortMatch | OwnerMatch | CgroupMatch
+    IfaceMatch | AddressMatch | SetMatch | ProtocolMatch | PortMatch | SynMatch | OwnerMatch | CgroupMatch
     | MarkMatch | ConnmarkMatch | StateMatch | SocketMatch | LimitMatch
 )  # fmt: skip
 

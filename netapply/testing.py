@@ -33,7 +33,7 @@ from netapply.compiler import compile_plan, compile_routing
 from netapply.core import refuse_waiting, rule_counters
 from netapply.detection import PREFERENCE, pick
 from netapply.differences import ruleset_changes
-from netapply.errors import ApplyError, CancelledError, NamespaceError, NetapplyError, UnsupportedError
+from netapply.errors import ApplyError, CancelledError, ConflictError, NamespaceError, NetapplyError, UnsupportedError
 from netapply.evaluate import evaluate
 from netapply.existing import treated_otherwise
 from netapply.features import degrade
@@ -67,10 +67,18 @@ class FakeNamespace:
         self.flows: tuple[Flow, ...] = ()
         #: What the journal knows: the backend of the last apply, and what it put there.
         self.applied: tuple[str, State] | None = None
+        #: The states that were before it, the oldest first, for `rollback`.
+        self.past: list[tuple[str, State]] = []
         #: (packets, bytes) by backend and place: (backend, table family, table, chain, position).
         self.counters: defaultdict[tuple[str, str, str, str, int], tuple[int, int]] = defaultdict(lambda: (0, 0))
         #: One operation at a time, as the journal's lock has it.
         self.turn = threading.Lock()
+
+    def stands(self, backend: str, desired: State) -> None:
+        """Have the journal know that this was applied."""
+        if self.applied is not None and self.applied != (backend, desired):
+            self.past.append(self.applied)
+        self.applied = backend, desired
 
     def put(self, backend: str, ruleset: Ruleset | None) -> None:
         """Have `ruleset` stand in the dialect of `backend`, None for nothing. Chains that stay alike keep counting."""
@@ -206,19 +214,20 @@ class FakeCapture:
         adopt: Adoption | None = None,  # noqa: ARG002 - the signature of Capture; nobody else has been here
         fingerprint: str = "",  # noqa: ARG002 - the signature of Capture.apply; it is for the journal's reader alone
         cancelled: Callable[[], bool] = lambda: False,
+        reason: str = "",  # noqa: ARG002 - the signature of Capture.apply; it is for the history's reader alone
     ) -> Result:
         """As `Capture.apply`. Raises UnsupportedError, ConflictError; ApplyError when cancelled or told to fail."""
         begun = time.perf_counter()
         refuse_waiting(plan)
         with self._turn():
-            chosen, reason = self._choose(backend)
+            chosen, why = self._choose(backend)
             desired, effective, degraded = self._compiled(plan, chosen, layout)
             before = self.namespace.rulesets.get(chosen.name)
             steps = self._commit("apply", chosen, desired, cancelled)
-            self.namespace.applied = chosen.name, desired
+            self.namespace.stands(chosen.name, desired)
         flows = treated_otherwise(self.namespace.flows, before, desired.ruleset)
         duration = time.perf_counter() - begun
-        return Result(bool(steps), chosen.name, reason, steps, degraded, (), True, effective.ipv6, flows, duration)
+        return Result(bool(steps), chosen.name, why, steps, degraded, (), True, effective.ipv6, flows, duration)
 
     def diff(self, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Diff:
         """As `Capture.diff`."""
@@ -244,6 +253,7 @@ class FakeCapture:
         backend: str = "auto",
         layout: str = "netapply",  # noqa: ARG002 - the signature of Capture; nobody else has been here
         adopt: Adoption | None = None,  # noqa: ARG002 - the signature of Capture; nobody else has been here
+        reason: str = "",  # noqa: ARG002 - the signature of Capture.clean; it is for the history's reader alone
     ) -> Result:
         """As `Capture.clean`."""
         begun = time.perf_counter()
@@ -252,8 +262,34 @@ class FakeCapture:
             names = held or PREFERENCE[:1]
             steps = tuple(step for name in names for step in self._commit("clean", find_backend(name), _NOTHING))
             self.namespace.applied = None
-        reason = "held our rules" if held else "nothing of ours was found in any dialect"
-        return Result(bool(steps), ", ".join(held), reason, steps, duration=time.perf_counter() - begun)
+            self.namespace.past.clear()
+        why = "held our rules" if held else "nothing of ours was found in any dialect"
+        return Result(bool(steps), ", ".join(held), why, steps, duration=time.perf_counter() - begun)
+
+    def rollback(
+        self,
+        back: int = 1,
+        *,
+        reason: str = "",  # noqa: ARG002 - the signature of Capture.rollback; it is for the history's reader alone
+    ) -> Result:
+        """As `Capture.rollback`."""
+        begun = time.perf_counter()
+        with self._turn():
+            past = self.namespace.past
+            if self.namespace.applied is None or not 0 < back <= len(past) + 1:
+                raise NetapplyError(f"there is no state {back} before the present one")
+            name, desired = past[-back] if back <= len(past) else (self.namespace.applied[0], _NOTHING)
+            if desired != _NOTHING and (others := [each for each in self._held() if each != name]):
+                raise ConflictError(f"that state was held by {name}, and {', '.join(others)} holds ours now")
+            steps = self._commit("apply", find_backend(name), desired)
+            self.namespace.stands(name, desired)
+        why = "nothing of ours, as before the first state" if desired == _NOTHING else f"{back} before"
+        return Result(bool(steps), name, why, steps, duration=time.perf_counter() - begun)
+
+    def recover(self) -> Result:
+        """As `Capture.recover`: nobody dies here."""
+        with self._turn():
+            return Result(False, "", "nothing was interrupted here")
 
     def show(
         self,

@@ -41,6 +41,7 @@ from netapply.ruleset import (
     SocketMatch,
     StateMatch,
     Statement,
+    SynMatch,
     Table,
     TProxy,
 )
@@ -107,6 +108,8 @@ def other_matches(draw: st.DrawFn, hook: str, table: str, protocol: int, sets: S
     flags = st.booleans()
     if protocol in (6, 17) and draw(flags):
         found.append(PortMatch(draw(st.sampled_from(["src", "dst"])), draw(several), draw(flags)))
+    elif protocol == 6 and draw(flags):
+        found.append(SynMatch())
     if sets and draw(flags):
         found.append(SetMatch(draw(st.sampled_from(["src", "dst"])), draw(st.sampled_from(sets)).name, draw(flags)))
     if hook == "OUTPUT" and draw(flags):

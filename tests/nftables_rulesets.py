@@ -42,6 +42,7 @@ from netapply.ruleset import (
     SocketMatch,
     StateMatch,
     Statement,
+    SynMatch,
     Table,
     TProxy,
 )
@@ -127,6 +128,7 @@ def rules(draw: st.DrawFn, base: Base, targets: Sequence[str], sets: Sequence[Na
     if ported:
         for side in ("src", "dst"):
             matches += draw(optional(st.builds(PortMatch, st.just(side), range_lists, flags)))
+        matches += draw(optional(st.just(SynMatch()))) if ProtocolMatch(6) in matches else []
     else:
         matches += draw(optional(st.builds(ProtocolMatch, st.sampled_from([1, 6, 17, 58, 132, 200]))))
     fitting = [named.name for named in sets if named.family == family]
@@ -135,7 +137,7 @@ def rules(draw: st.DrawFn, base: Base, targets: Sequence[str], sets: Sequence[Na
     if outbound:
         matches += draw(optional(st.builds(owner, st.sampled_from(["uid", "gid"]), words, words, flags)))
         paths = st.sampled_from(["a", "system.slice/envoy.service", "/".join(["x" * 20] * 5)])
-        matches += draw(optional(st.builds(CgroupMatch, paths, st.integers(1, (1 << 64) - 1), flags)))
+        matches += draw(optional(st.builds(CgroupMatch, paths, st.integers(1, (1 << 64) - 1), st.just(False))))
     matches += draw(optional(marks(MarkMatch)))
     matches += draw(optional(marks(ConnmarkMatch)))
     states = st.sets(st.sampled_from(["new", "established", "related", "invalid", "untracked"]), min_size=1)

@@ -98,6 +98,7 @@ def _rendered(name: str, ruleset: Ruleset) -> str:
 def _plain(text: str) -> list[str]:
     """Sets and chains in one order, without counters and the record; a priority that only nft 1.1 names as a number."""
     text = re.sub(r"counter packets \d+ bytes \d+", "counter", text)
+    text = text.replace("tcp flags syn / fin,syn,rst,ack", "tcp flags & (fin | syn | rst | ack) == syn")  # of nft 1.0
     text = re.sub(r"(?<=hook output priority )dstnat ([+-]) 5", lambda sign: "-95" if sign[1] == "+" else "-105", text)
     blocks = (re.sub(r"\s+", " ", each).rstrip("} ") for each in re.split(r"\n(?=\t(?:set|chain) )", text))
     return sorted(block for block in blocks if RECORD not in block)

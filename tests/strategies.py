@@ -160,9 +160,10 @@ def flows(draw: st.DrawFn) -> Flow:
     addresses = draw(st.sampled_from([ADDRESSES_4, ADDRESSES_6]))
     direction = draw(st.sampled_from(["outbound", "inbound"]))
     outbound = direction == "outbound"
+    protocol = draw(st.sampled_from([TCP, TCP, UDP, 1]))
     return Flow(
         direction,
-        draw(st.sampled_from([TCP, TCP, UDP, 1])),
+        protocol,
         draw(st.sampled_from(addresses)),
         draw(st.sampled_from(addresses)),
         draw(st.sampled_from([*PORTS, 40000])),
@@ -171,6 +172,10 @@ def flows(draw: st.DrawFn) -> Flow:
         draw(st.sampled_from(IDS)) if outbound else -1,
         draw(st.sampled_from(IDS)) if outbound else -1,
         draw(st.sampled_from([*CGROUPS, ""])) if outbound else "",
-        draw(st.sampled_from(["new", "new", "new", "established", "invalid"])),
+        draw(
+            st.sampled_from(
+                ["new", "new", "new", "established", "invalid", *(["picked-up"] if protocol == TCP else [])]
+            )
+        ),
         draw(st.sampled_from([0, 0, 1337, 0x100])),
     )

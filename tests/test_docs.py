@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from netapply import decide
+from netapply.agent.planfiles import parse_plan_file
 from netapply.backend import BUILT_IN, ENTRY_POINTS, Backend
 from netapply.cli.arguments import build_parser
 from netapply.documents import LIMITS, read_document
@@ -87,7 +88,13 @@ def rows(text: str) -> Iterator[list[str]]:
 PLANS = [block for path in DOCS for block in blocks(path) if block.words[:1] == ("yaml",)]
 
 
-@pytest.mark.parametrize("block", [each for each in PLANS if "faulty" not in each.words], ids=str)
+@pytest.mark.parametrize("block", [each for each in PLANS if "agent" in each.words], ids=str)
+def test_every_plan_file_of_the_agent_that_is_shown_is_one(block: Block) -> None:
+    document = read_document(block.text.encode(), "yaml", LIMITS, str(block))
+    assert parse_plan_file("shown", document).selectors
+
+
+@pytest.mark.parametrize("block", [each for each in PLANS if not {"faulty", "agent"} & {*each.words}], ids=str)
 def test_every_plan_that_is_shown_loads(block: Block) -> None:
     load_plan(block.text, format="yaml", lookups=LOOKUPS)
 
@@ -144,7 +151,8 @@ def test_every_command_that_is_shown_exists_with_its_options(path: Path) -> None
         command = _command_of(words)
         assert command, words
         known = COMMANDS[command]._option_string_actions
-        assert all(word in known for word in words[1:] if word.startswith("-") and word != "-"), words
+        own = words[1 : words.index("--")] if "--" in words else words[1:]  # what follows is another command's
+        assert all(word in known for word in own if word.startswith("-") and word != "-"), words
 
 
 @each_document

@@ -97,7 +97,8 @@ hook output, as it is sent
   ip raw NETAPPLY_OUTBOUND
       3  no, -o lo: it leaves by eth0                        -A NETAPPLY_OUTBOUND -s 10.0.0.53/32 -o lo -p udp -m udp --sport 53 -j CT --zone 1  # dns.zones
   ip nat OUTPUT
-  +   1  on to NETAPPLY_OUTBOUND                             -A OUTPUT -j NETAPPLY_OUTBOUND  # outbound
+      1  no, -p tcp: the protocol is udp                     -A OUTPUT -p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -j NETAPPLY_OUTBOUND  # outbound
+  +   2  on to NETAPPLY_OUTBOUND                             -A OUTPUT -p udp -j NETAPPLY_OUTBOUND  # outbound
   ip nat NETAPPLY_OUTBOUND
       1  no, -o lo: it leaves by eth0                        -A NETAPPLY_OUTBOUND -s 127.0.0.6/32 -o lo -j RETURN  # proxy.passthrough_sources
       2  no, -o lo: it leaves by eth0                        -A NETAPPLY_OUTBOUND ! -d 127.0.0.1/32 -o lo -p tcp -m multiport ! --dports 53,15008 -m owner --uid-owner 1337 -j REDIRECT --to-ports 15006  # proxy.self_calls
@@ -302,6 +303,19 @@ def test_ten_thousand_exclusions_are_explained_in_moments() -> None:
     assert "to 11.0.0.0" in {each.change for each in otherwise(ruleset, APP)}
 
 
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft"])
+@pytest.mark.parametrize("extra", ["", "inbound: {mode: tproxy}", "ipv6: block"])
+def test_a_connection_that_is_older_than_conntrack_is_left_alone_for_want_of_a_syn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: str, backend: str
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(f"apiVersion: netapply/v1\n{extra}\n")
+    for words in ("--to 10.0.0.5:443", "--to [fd00::5]:443", "--inbound --to :8080", "--inbound --to [fd00::5]:8080"):
+        said = run(f"{plan} --from state=picked-up {words} --backend {backend}", capsys)
+        assert ": bypass, " in said
+        assert "it opens no connection" in said
+
+
 # --- the words of a flow ---------------------------------------------------------------------------------------
 
 
@@ -339,7 +353,7 @@ def test_every_fault_of_the_words_is_told_at_once(plan_file: str, capsys: pytest
         "--from: uid=no-such-user is not accepted; write a user's id, or the name of a user that exists here",
         "--from: iface=br+ is not accepted; write the name of one interface",
         "--from: mark=1/3 is not accepted; write the packet's whole mark, such as 0x539",
-        "--from: state=odd is not accepted; write new, established, related, invalid or untracked",
+        "--from: state=odd is not accepted; write new, established, related, invalid, untracked or picked-up",
         "--from: color=blue is not accepted; write uid=, gid=, cgroup=, iface=, mark= or state=, or an address",
         "--from: :0 is not accepted; a port is a number from 1 to 65535",
         "--to: gid=5 is not accepted; whose socket it is belongs to --from",
@@ -360,6 +374,7 @@ def test_every_fault_of_the_words_is_told_at_once(plan_file: str, capsys: pytest
         ("PLAN --all --backend nftables --to :80", "--all is every backend"),
         ("--all --to :80", "--all compares dialects of a plan"),
         ("PLAN --tcp --udp --to :80", "not allowed with"),
+        ("PLAN --udp --from state=picked-up --to :80", "of UDP each packet can be the first"),
         ("/nowhere.yaml --to :80", "name a plan file that can be read"),
     ],
 )

@@ -83,7 +83,8 @@ def test_a_state_directory_that_was_asked_for_must_be_usable(netns: Netns, tmp_p
 def test_a_journal_that_cannot_be_trusted_is_set_aside(netns: Netns, tmp_path: Path, garbage: bytes) -> None:
     with netapply.open(netns.path, state_directory=str(tmp_path / "state")) as capture:
         capture.apply(CapturePlan())
-        (journal,) = (path for path in (tmp_path / "state").iterdir() if path.suffix != ".lock" and path.name != "history")
+        kept = (tmp_path / "state").iterdir()
+        (journal,) = (path for path in kept if path.suffix != ".lock" and path.name != "history")
         journal.write_bytes(garbage)
         result = capture.apply(CapturePlan())
         assert "set aside" in result.notes[0]

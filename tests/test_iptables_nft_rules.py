@@ -26,6 +26,7 @@ from netapply.ruleset import (
     Return,
     Rule,
     Ruleset,
+    SynMatch,
     Table,
 )
 from netapply_iptables_nft import BACKEND
@@ -169,7 +170,7 @@ def rules_of(ruleset: Ruleset | None) -> dict[tuple[str, str, str, int], Rule]:
 def is_written_alike(rule: Rule) -> bool:
     """Neither what iptables 1.8.9 writes as a native expression, unlike 1.8.7 and us, nor a limit per second."""
     return not any(
-        isinstance(match, MarkMatch)
+        isinstance(match, MarkMatch | SynMatch)
         or (isinstance(match, PortMatch) and len(match.ranges) == 1)
         or (isinstance(match, LimitMatch) and match.rate >= 60)
         for match in rule.matches

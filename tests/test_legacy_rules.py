@@ -48,6 +48,7 @@ from netapply.ruleset import (
     SetZone,
     SocketMatch,
     StateMatch,
+    SynMatch,
     Table,
     TProxy,
 )
@@ -150,7 +151,9 @@ def match_parts(
         maybe(st.builds(AddressMatch, st.just("src"), cidrs(family), st.booleans())),
         maybe(st.builds(AddressMatch, st.just("dst"), cidrs(family), st.booleans())),
         st.just((ProtocolMatch(protocol),) if protocol else ()),
-        maybe(port_matches()) if protocol in (6, 17) else st.just(()),
+        maybe(port_matches() | st.just(SynMatch()) if protocol == 6 else port_matches())
+        if protocol in (6, 17)
+        else st.just(()),
         maybe(st.builds(SetMatch, sides, st.just(SETS[family]), st.booleans())),
         maybe(owner) if hook == "output" else st.just(()),
         maybe(st.builds(CgroupMatch, st.just(cgroup), st.just(0), st.booleans())) if cgroup else st.just(()),

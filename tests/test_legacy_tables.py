@@ -242,6 +242,17 @@ def test_a_change_between_read_and_commit_is_noticed(netns: Netns, kernel: Names
     assert netns.run("iptables-legacy-save", "-t", "nat").splitlines()[1:-1] == changed
 
 
+def test_a_table_of_as_many_entries_that_somebody_else_created_meanwhile_is_noticed(
+    netns: Netns, kernel: Namespace
+) -> None:
+    chain = Chain("OUTPUT", (), Base("route", "output", -150), (Rule((TCP,), Accept()),))
+    (step,) = BACKEND.encode(BACKEND.read(kernel), Ruleset((Table("ip", "mangle", (chain,)),)))
+    netns.run("iptables-legacy", "-t", "mangle", "-P", "OUTPUT", "DROP")  # the number is all that the kernel compares
+    with pytest.raises(GenerationChanged):
+        BACKEND.commit(kernel, step)
+    assert ":OUTPUT DROP" in saved(netns)
+
+
 def test_a_table_that_somebody_else_created_meanwhile_is_noticed(netns: Netns, kernel: Namespace) -> None:
     steps = BACKEND.encode(BACKEND.read(kernel), plan())
     netns.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-j", "RETURN")

@@ -55,6 +55,22 @@ def test_what_another_process_changes_between_two_applies_is_put_right(netns: Ne
             assert _lines(netns) == good
 
 
+@pytest.mark.parametrize("backend", ["iptables-nft", "iptables-legacy"])
+def test_sets_that_a_killed_process_left_are_found_by_who_has_the_namespace_open(
+    netns: Netns, backend: str, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(netapply.dump_plan(LISTED)))
+    with netapply.open(netns.path) as capture:
+        capture.apply(PLAN, backend=backend)
+        assert not capture.apply(PLAN, backend=backend).changed  # so it is known that there are no sets
+        command = [sys.executable, "-m", "tests.die_at", netns.path, str(plan), backend, "0", "after"]
+        assert subprocess.run(command, timeout=60, check=False).returncode == 9
+        assert ipset.list_sets(capture.namespace, "netapply-")
+        assert "undone (destroy set" in capture.apply(PLAN, backend=backend).notes[0]
+        assert not ipset.list_sets(capture.namespace, "netapply-")
+
+
 @each_backend
 def test_what_another_process_changes_right_before_the_commit_is_put_right(
     netns: Netns, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netapply import netlink
+from netapply.backend import find_backend
 from netapply.errors import ConflictError, DecodeError, GenerationChanged, KernelError
 from netapply.namespace import Namespace
 from netapply_wire import expressions
@@ -198,6 +202,18 @@ def test_a_generation_that_never_stands_still_is_a_conflict() -> None:
 def test_a_refused_read_names_itself(read: Callable[[Script], object]) -> None:
     with pytest.raises(KernelError, match="read nf_tables"):
         read(Script([failure(errno.EPERM, 1)]))
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft"])
+def test_who_may_not_is_told_at_once(kernel: Namespace, backend: str) -> None:
+    """The kernel refuses a datagram of several questions with one answer: nobody waits for the others."""
+    child = os.fork()
+    if not child:
+        os.setresuid(65534, 65534, 65534)
+        begun = time.monotonic()
+        said = find_backend(backend).probe(kernel).status
+        os._exit(0 if said == "denied" and time.monotonic() - begun < netlink.DEADLINE / 2 else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("flag", [0, nfnl.NLA_F_NESTED], ids=["as dumped", "as sent"])

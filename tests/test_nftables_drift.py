@@ -185,7 +185,7 @@ def test_a_lost_second_half_of_a_tproxy_rule_is_drift(kernel: Namespace, netns: 
 
 
 def test_the_path_of_a_cgroup_is_kept_beside_its_id(kernel: Namespace) -> None:
-    rule = Rule((CgroupMatch("kubepods.slice/x.scope", 4711, negate=True),), Return(), comment="why")
+    rule = Rule((CgroupMatch("kubepods.slice/x.scope", 4711),), Return(), comment="why")
     wanted = Ruleset((Table("inet", "netapply", (Chain("c", (rule,), Base("filter", "output", 0)),)),))
     put(kernel, wanted)
     assert BACKEND.read(kernel).ruleset == wanted

@@ -316,7 +316,11 @@ def restore_listing(native: Applied) -> None:
 
 
 def as_numbers(listing: str) -> str:
-    """The listing as older releases print it: nft 1.1 says `dstnat + 5` for -95 in hook output too."""
+    """The listing as older releases print it: nft 1.1 says `dstnat + 5` for -95 in hook output too.
+
+    Flags of TCP as the oldest and the newest do: 1.0 has a form of its own.
+    """
+    listing = listing.replace("tcp flags syn / fin,syn,rst,ack", "tcp flags & (fin | syn | rst | ack) == syn")
     named = re.compile(r"(?<=hook output priority )dstnat(?: ([+-]) (\d+))?")
     return named.sub(lambda found: str(-100 + int((found[1] or "") + (found[2] or "0"))), listing)
 

@@ -41,6 +41,7 @@ from netapply.ruleset import (
     SocketMatch,
     StateMatch,
     Statement,
+    SynMatch,
     TProxy,
 )
 from netapply_iptables_legacy.rules import encode_rule
@@ -65,6 +66,7 @@ def ports(side: str, *ranges: tuple[int, int], negate: bool = False) -> PortMatc
 #: table, chain, what follows `-A CHAIN`, matches, statement
 BOTH: list[tuple[str, str, str, tuple[Match, ...], Statement]] = [
     ("nat", "OUTPUT", "-p tcp --dport 80 -j REDIRECT --to-ports 15001", (TCP, ports("dst", (80, 80))), Redirect(15001)),
+    ("nat", "OUTPUT", "-p tcp --syn -j RETURN", (TCP, SynMatch()), Return()),
     ("nat", "OUTPUT", "-p udp --sport 80:90 -j RETURN", (UDP, ports("src", (80, 90))), Return()),
     ("nat", "OUTPUT", "-p udp ! --dport 53 -j RETURN", (UDP, ports("dst", (53, 53), negate=True)), Return()),
     ("nat", "OUTPUT", "-p tcp ! --sport 80 -j RETURN", (TCP, ports("src", (80, 80), negate=True)), Return()),

@@ -1,7 +1,7 @@
 """Rules of ours as the kernel dumps them, and back to what they mean.
 
 Decoding is strict: an expression, register or flag that `encode_rule` would not write makes the rule "not one of ours".
-The native spelling of protocol, port and mark is the exception: iptables from 1.8.8 on gives it to our rules when
+The native spelling of protocol, port, SYN and mark is the exception: iptables from 1.8.8 on gives it to our rules when
 somebody saves and restores them. They mean what they meant, and are told apart as `native`: 1.8.7 misreads them.
 """
 
@@ -30,6 +30,7 @@ from netapply.ruleset import (
     Return,
     Rule,
     Statement,
+    SynMatch,
 )
 from netapply.values import NamedTuple
 from netapply_iptables_nft.dumped import verdict_of
@@ -51,6 +52,9 @@ from netapply_wire.expressions import (
     NFTA_DATA_VALUE,
     NFTA_VERDICT_CHAIN,
     NFTA_VERDICT_CODE,
+    TCP_FIRST_FLAGS,
+    TCP_FLAGS_OFFSET,
+    TCP_SYN,
     Expression,
     parse_expressions,
 )
@@ -59,7 +63,7 @@ from netapply_wire.xtables import Extension, decode_comment, decode_match, decod
 
 #: Indices of sets, and their names.
 SetNames: TypeAlias = tuple[tuple[int, str], ...]
-Field: TypeAlias = Literal["in", "out", "src", "dst", "protocol", "mark", "sport", "dport"]
+Field: TypeAlias = Literal["in", "out", "src", "dst", "protocol", "mark", "sport", "dport", "flags"]
 
 #: The canonical order of what lives in the ip header (`in` and `out`, addresses, protocol); the rest keeps its own.
 _HEADER_ORDER: dict[Field, int] = {"in": 0, "out": 1, "src": 2, "dst": 3, "protocol": 4}
@@ -76,8 +80,10 @@ _PAYLOAD: dict[tuple[Family, int, int], Field] = {
     ("ip", NFT_PAYLOAD_TRANSPORT_HEADER, 2): "dport",
     ("ip6", NFT_PAYLOAD_TRANSPORT_HEADER, 0): "sport",
     ("ip6", NFT_PAYLOAD_TRANSPORT_HEADER, 2): "dport",
+    ("ip", NFT_PAYLOAD_TRANSPORT_HEADER, TCP_FLAGS_OFFSET): "flags",
+    ("ip6", NFT_PAYLOAD_TRANSPORT_HEADER, TCP_FLAGS_OFFSET): "flags",
 }
-_FIELD_SIZE: dict[Field, int] = {"protocol": 1, "sport": 2, "dport": 2, "mark": 4}
+_FIELD_SIZE: dict[Field, int] = {"protocol": 1, "sport": 2, "dport": 2, "mark": 4, "flags": 1}
 _VERDICTS: dict[int, Statement] = {NFT_RETURN: Return(), NF_ACCEPT: Accept(), NF_DROP: Drop()}
 
 _MARK = Struct("=I")
@@ -163,8 +169,16 @@ class _Reader:
 
     def bitwise(self, each: Expression) -> None:
         mask, flip, load = _value(each, 4), _value(each, 5), self._load
-        known = load is not None and load.field in ("src", "dst", "mark") and len(mask) == load.size and not load.mask
-        if load is None or not known or any(flip) or each.number(6) or each.number(1) != 1 or each.number(2) != 1:
+        masked = load is not None and load.field in ("src", "dst", "mark", "flags") and not load.mask
+        if (
+            load is None
+            or not masked
+            or len(mask) != load.size
+            or any(flip)
+            or each.number(6)
+            or each.number(1) != 1
+            or each.number(2) != 1
+        ):
             raise _foreign(each)
         self._load = load._replace(mask=mask)
 
@@ -189,6 +203,8 @@ class _Reader:
             found = _address("src" if load.field == "src" else "dst", load, self._family, first, negate=negate)
         elif load.field == "protocol":
             found = None if negate else ProtocolMatch(first[0])
+        elif load.field == "flags":
+            found = SynMatch() if (load.mask, first, negate) == (TCP_FIRST_FLAGS, TCP_SYN, False) else None
         elif load.field == "mark":
             mask = _MARK.unpack(load.mask)[0] if load.mask else 0xFFFFFFFF
             found = MarkMatch(_MARK.unpack(first)[0], mask, negate)

@@ -39,6 +39,7 @@ from netapply.ruleset import (
     SocketMatch,
     StateMatch,
     Statement,
+    SynMatch,
     TProxy,
 )
 from netapply.values import NamedTuple
@@ -77,7 +78,16 @@ ADDRESS_OFFSET: dict[tuple[Family, Side], int] = {
 }
 #: Matches that are not on the ip header: extensions to iptables.
 Beyond: TypeAlias = (
-    PortMatch | SetMatch | OwnerMatch | CgroupMatch | MarkMatch | ConnmarkMatch | StateMatch | SocketMatch | LimitMatch
+    PortMatch
+    | SynMatch
+    | SetMatch
+    | OwnerMatch
+    | CgroupMatch
+    | MarkMatch
+    | ConnmarkMatch
+    | StateMatch
+    | SocketMatch
+    | LimitMatch
 )
 #: The order in which iptables writes what lives in the ip header.
 HEADER_ORDER = {"in": 0, "out": 1, "protocol": 2, "src": 3, "dst": 4}
@@ -201,8 +211,8 @@ def _match(each: Beyond, protocol: int) -> bytes:
         case PortMatch() if protocol not in PORT_PROTOCOLS:
             raise UnsupportedError("a port without the protocol tcp or udp")
         case (
-            PortMatch() | SetMatch() | OwnerMatch() | CgroupMatch() | MarkMatch() | ConnmarkMatch() | StateMatch()
-            | SocketMatch()
+            PortMatch() | SynMatch() | SetMatch() | OwnerMatch() | CgroupMatch() | MarkMatch() | ConnmarkMatch()
+            | StateMatch() | SocketMatch()
         ):  # fmt: skip
             return match(*_needed(match_extension(each, protocol)))
         case _:

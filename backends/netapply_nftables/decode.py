@@ -26,6 +26,7 @@ from netapply.ruleset import (
     Side,
     SocketMatch,
     StateMatch,
+    SynMatch,
     TProxy,
 )
 from netapply_nftables.decode_statement import decode_statement, host_number
@@ -122,6 +123,8 @@ def _decode_match(
     match term.source, term.key:
         case "payload", nft.NFT_PAYLOAD_NETWORK_HEADER:
             return _decode_address(term, family)
+        case "payload", nft.NFT_PAYLOAD_TRANSPORT_HEADER if term.offset == nft.TCP_FLAGS_OFFSET:
+            return _decode_syn(term)
         case "payload", nft.NFT_PAYLOAD_TRANSPORT_HEADER if term.mask is None:
             return _decode_port(term, port_sets)
         case "meta", nft.NFT_META_L4PROTO if plain and not term.negate:
@@ -138,8 +141,10 @@ def _decode_match(
             return ConnmarkMatch(value, mask, term.negate)
         case "ct", nft.NFT_CT_STATE if (term.test, term.negate, value) == ("cmp", True, 0) and 0 < mask <= _ALL_STATES:
             return StateMatch(tuple(sorted(state for state, bit in STATE_BITS.items() if mask & bit)))
-        case "socket", nft.NFT_SOCKET_CGROUPV2 if plain and cgroup and term.offset == cgroup.count("/") + 1:
-            return CgroupMatch(cgroup, value, term.negate)
+        case "socket", nft.NFT_SOCKET_CGROUPV2 if (
+            plain and not term.negate and cgroup and term.offset == cgroup.count("/") + 1
+        ):
+            return CgroupMatch(cgroup, value)
         case _:
             raise DecodeError(f"a match of {term.source} {term.key} that netapply does not make")
 
@@ -180,6 +185,12 @@ def _decode_port(term: Term, port_sets: Mapping[str, tuple[PortRange, ...]]) -> 
             raise DecodeError(f"ports of set {term.set}, which is not a list of ports")
         return PortMatch(side, port_sets[term.set], term.negate)
     return PortMatch(side, (PortRange(number(term.first), number(term.last)),), term.negate)
+
+
+def _decode_syn(term: Term) -> SynMatch:
+    if (term.test, term.mask, term.negate, term.first) != ("cmp", nft.TCP_FIRST_FLAGS, False, nft.TCP_SYN):
+        raise DecodeError("a match of TCP flags that netapply does not make")
+    return SynMatch()
 
 
 def _decode_socket(term: Term) -> SocketMatch:

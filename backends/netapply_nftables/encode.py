@@ -44,6 +44,7 @@ from netapply.ruleset import (
     SocketMatch,
     StateMatch,
     Statement,
+    SynMatch,
     TProxy,
 )
 from netapply_wire import expressions as nft
@@ -131,13 +132,18 @@ def _encode_match(match: Match, family: Family | None) -> bytes:
                 raise UnsupportedError("a match of no ports at all")
             first, last = match.ranges[0]
             return _load_port(match) + _within(_BE16.pack(first), _BE16.pack(last), negate=match.negate)
+        case SynMatch():
+            flags = nft.payload(nft.NFT_PAYLOAD_TRANSPORT_HEADER, nft.TCP_FLAGS_OFFSET, 1)
+            return flags + nft.bitwise(nft.TCP_FIRST_FLAGS) + nft.cmp(nft.NFT_CMP_EQ, nft.TCP_SYN)
         case OwnerMatch():
             return _owner(match)
         case CgroupMatch():
             if not match.path:
                 raise UnsupportedError("the root cgroup holds every process: a match of it says nothing")
+            if match.negate:
+                raise UnsupportedError(f"nft_socket cannot tell that a socket is not in cgroup {match.path}")
             level = nft.socket(nft.NFT_SOCKET_CGROUPV2, match.path.count("/") + 1)
-            return level + nft.cmp(int(match.negate), match.id.to_bytes(8, sys.byteorder))
+            return level + nft.cmp(nft.NFT_CMP_EQ, match.id.to_bytes(8, sys.byteorder))
         case MarkMatch():
             return nft.meta(nft.NFT_META_MARK) + _masked(match)
         case ConnmarkMatch():

@@ -1,4 +1,7 @@
-"""A rule set as nft(8) 1.0.6 lists it, counters at zero: `nft -f` takes the text as it is."""
+"""A rule set as nft(8) 1.0.6 lists it, counters at zero: `nft -f` takes the text as it is.
+
+Flags of TCP apart, which 1.0 lists in a form of its own that 0.9.8 does not take.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,7 @@ from netapply.ruleset import (
     SocketMatch,
     StateMatch,
     Statement,
+    SynMatch,
     TProxy,
 )
 from netapply.sockets import socket
@@ -128,14 +132,14 @@ def _match_words(rule: Rule) -> Iterator[str]:
     # nft leaves out what another match implies: the family before an address or ICMP, the protocol before a port.
     protocol = ""
     guarded = rule.family is None or any(_implies_family(match, rule.family) for match in rule.matches)
-    ported = any(isinstance(match, PortMatch) for match in rule.matches)
+    implied = any(isinstance(match, PortMatch | SynMatch) for match in rule.matches)
     for match in rule.matches:
         if not guarded and not isinstance(match, IfaceMatch):
             yield f"meta nfproto {_NFPROTO[rule.family]}" if rule.family else ""
             guarded = True
         if isinstance(match, ProtocolMatch):
             protocol = _PROTOCOLS.get(match.protocol, str(match.protocol))
-            if ported:
+            if implied:
                 continue
         yield _match(match, rule.family, protocol)
     if not guarded and rule.family:
@@ -161,11 +165,13 @@ def _match(match: Match, family: Family | None, protocol: str) -> str:
             ports = ", ".join(map(str, match.ranges))
             listed = f"{{ {ports} }}" if len(match.ranges) > 1 else ports
             return f"{protocol} {match.side[0]}port {_not(match.negate)}{listed}"
+        case SynMatch():
+            return "tcp flags & (fin | syn | rst | ack) == syn"
         case OwnerMatch():
             last = "" if match.first == match.last else f"-{match.last}"
             return f"meta sk{match.id} {_not(match.negate)}{match.first}{last}"
         case CgroupMatch():
-            return f'socket cgroupv2 level {match.path.count("/") + 1} {_not(match.negate)}"{match.path}"'
+            return f'socket cgroupv2 level {match.path.count("/") + 1} "{match.path}"'
         case MarkMatch():
             return f"meta mark {_masked(match)}"
         case ConnmarkMatch():

@@ -45,6 +45,7 @@ from netapply.ruleset import (
     SocketMatch,
     StateMatch,
     Statement,
+    SynMatch,
     Table,
     TProxy,
 )
@@ -131,6 +132,8 @@ def _match(match: Match, protocol: int) -> str:
             return ""
         case PortMatch():
             return _ports(match, protocol)
+        case SynMatch():
+            return " -m tcp --tcp-flags FIN,SYN,RST,ACK SYN"
         case SetMatch():
             return f" -m set{_not(match)} --match-set {match.set} {match.side}"
         case OwnerMatch():

@@ -45,6 +45,7 @@ from netapply.ruleset import (
     SocketMatch,
     StateMatch,
     Statement,
+    SynMatch,
     TProxy,
 )
 from netapply.values import NamedTuple
@@ -101,6 +102,7 @@ _LOG = struct.Struct("=BB30s")  # xt_log_info: level, logflags, prefix
 _SOCKETS = {  # xt_socket_mtinfo3: flags XT_SOCKET_TRANSPARENT, or none
     transparent: Extension("socket", 3, bytes([transparent]) + bytes(7)) for transparent in (True, False)
 }
+_SYN = Extension("tcp", 0, struct.pack("=4HxBB5x", 0, 65535, 0, 65535, 0x17, 0x02))  # of FIN, SYN, RST, ACK: SYN
 _SAVE_MARK = Extension("CONNMARK", 2, _CONNMARK_TARGET.pack(0, ALL_BITS, ALL_BITS, 0, 0, 1))
 _RESTORE_MARK = Extension("CONNMARK", 2, _CONNMARK_TARGET.pack(0, ALL_BITS, ALL_BITS, 0, 0, 2))
 _CONNTRACK_STATE = 1  # XT_CONNTRACK_STATE
@@ -122,6 +124,8 @@ def match_extension(match: Match, protocol: int) -> Extension | None:
             return None
         case PortMatch():
             return _port_extension(match, protocol)
+        case SynMatch():
+            return _SYN
         case SetMatch():
             return Extension("set", 4, _SET.pack(0, 1, (2 if match.side == "src" else 0) | match.negate))
         case OwnerMatch(first=first, last=last):
@@ -204,6 +208,8 @@ _known = lru_cache(maxsize=2048)(_decode)
 
 def _parse_match(ext: Extension, sets: Mapping[int, str]) -> Match | None:
     name, _, info = ext
+    if ext == _SYN:
+        return SynMatch()
     if name in PROTOCOL_OF:
         first_s, last_s, first_d, last_d, invert = (_TCP if name == "tcp" else _UDP).unpack(info)
         if (first_d, last_d) == ALL_PORTS:

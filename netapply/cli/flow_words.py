@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 from netapply import spelling
 from netapply.cli.arguments import UsageError
 from netapply.errors import Fault
-from netapply.flow import TCP, UDP, Flow
+from netapply.flow import TCP, UDP, Flow, FlowState
 from netapply.otherwise import SOMEWHERE
 from netapply.reasons import show_address
-from netapply.ruleset import CtState, Family
+from netapply.ruleset import Family
 from netapply.sights import is_loopback
 from netapply.values import NamedTuple
 from netapply.ways import Way
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from netapply.lookups import Lookups
 
 FORMS = "write uid=, gid=, cgroup=, iface=, mark= or state=, or an address, 10.0.0.5:443, [fd00::5]:443 or :443"
-STATES: tuple[str, ...] = get_args(CtState)
+STATES: tuple[str, ...] = get_args(FlowState)
 #: The application's, where nobody is named.
 APP_ID, CLIENT_PORT, SERVICE_PORT, DNS_PORT = 1000, 40000, 80, 53
 DEVICE = "eth0"
@@ -134,6 +134,8 @@ class _Reading:
     def _together(self) -> None:
         """What is impossible though each word is right."""
         asked = self._asked
+        if self.said.get("state") == "picked-up" and asked.protocol != TCP:
+            self._refuse("--from", "state=picked-up", "write state=new: of UDP each packet can be the first")
         if asked.inbound:
             for name in ("uid", "gid", "cgroup"):
                 if name in self.said:

@@ -36,7 +36,7 @@ _LINKS = (
 )
 _START = "systemctl enable --now netapply.socket netapply-read.socket netapply.service"
 
-Done: TypeAlias = Literal["written", "unchanged", "removed"]
+Done: TypeAlias = Literal["written", "replaced", "unchanged", "removed"]
 
 
 class Unit(NamedTuple):
@@ -151,7 +151,7 @@ def write(root: str, unit: Unit) -> dict[str, Done]:
             _replace(path, text)
         except OSError as error:
             raise NetapplyError(f"{path} cannot be written: {error.strerror}", next_step="run as root") from error
-        done[path] = "written"
+        done[path] = "replaced" if found[path] else "written"
     return done
 
 
@@ -201,14 +201,12 @@ def _replace(path: str, text: str) -> None:
 def next_steps(done: Mapping[str, Done], *, removed: bool, metrics: bool) -> tuple[str, ...]:
     """What to run, in order; nothing where nothing was changed."""
     if removed:
-        stop = "systemctl stop netapply.service netapply.socket netapply-read.socket netapply-metrics.socket"
-        return (stop, "systemctl daemon-reload") if done else ()
-    if "written" not in done.values():
+        ended = "systemctl stop netapply.service netapply.socket netapply-read.socket netapply-metrics.socket"
+        return (ended, "systemctl daemon-reload") if done else ()
+    if set(done.values()) == {"unchanged"}:
         return ()
-    start = _START.replace("netapply.service", "netapply-metrics.socket netapply.service") if metrics else _START
-    return (
-        "systemd-sysusers netapply.conf",
-        "systemd-tmpfiles --create netapply.conf",
-        "systemctl daemon-reload",
-        start,
-    )
+    reload = ("systemd-sysusers netapply.conf", "systemd-tmpfiles --create netapply.conf", "systemctl daemon-reload")
+    if metrics:  # whose socket unit is not started beside a service that runs
+        stop = ("systemctl stop netapply.service",) if "replaced" in done.values() else ()
+        return (*reload, *stop, _START.replace("netapply.service", "netapply-metrics.socket netapply.service"))
+    return (*reload, "systemctl restart netapply.service" if "replaced" in done.values() else _START)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from netapply.compiler.terms import IS_TCP, IS_UDP, ON_LO, Term, Terms, rule
 from netapply.decide import DNS_PORT
-from netapply.plan import Everything
+from netapply.plan import Everything, Owners
 from netapply.ruleset import (
     Cidr,
     Dnat,
@@ -134,11 +134,14 @@ def leave_loopback(terms: Terms) -> Iterator[Rule]:
 
 def leave_owners(terms: Terms, statement: Statement) -> Iterator[Rule]:
     """Owners whose traffic is not captured."""
-    owners = terms.plan.outbound.owners
-    for match in terms.owners(owners.exclude):
+    for match in terms.owners(terms.plan.outbound.owners.exclude):
         yield rule("outbound.owners.exclude", statement, match)
-    if owners.include != "*":
-        yield rule("outbound.owners.include", statement, *terms.owners(owners.include, negate=True))
+
+
+def each_owner(terms: Terms, statement: Statement, include: Owners) -> Iterator[Rule]:
+    """Owners whose traffic alone is captured, each by itself: nft_socket cannot tell who is not in a cgroup."""
+    for match in terms.owners(include):
+        yield rule("outbound.owners.include", statement, match)
 
 
 def udp_queries(terms: Terms, statement: Statement | None) -> Iterator[Rule]:
@@ -194,7 +197,7 @@ def outbound_tcp(terms: Terms, statement: Statement) -> Iterator[Rule]:
 
 
 def outbound(terms: Terms, capture: Capture) -> Iterator[Rule]:
-    """Everything that hook output decides about."""
+    """What hook output decides about before it is asked whose traffic is captured; then comes `outbound_included`."""
     protocols = (IS_TCP, IS_UDP) if terms.plan.dns.capture != "none" else (IS_TCP,)
     yield from leave_interfaces(terms, "out")
     yield from udp_queries(terms, capture.dns)
@@ -204,6 +207,10 @@ def outbound(terms: Terms, capture: Capture) -> Iterator[Rule]:
     yield from leave_own(terms, Return())
     yield from leave_loopback(terms)
     yield from leave_owners(terms, Return())
+
+
+def outbound_included(terms: Terms, capture: Capture) -> Iterator[Rule]:
+    """What it decides about the traffic of owners that are captured."""
     yield from dns(terms, capture.dns)
     yield from outbound_tcp(terms, capture.outbound)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from netapply.compiler.decisions import leave_owners
 from netapply.compiler.istio_chains import (
     INBOUND,
     TO_IN_REDIRECT,
@@ -13,6 +12,7 @@ from netapply.compiler.istio_chains import (
     far,
     loopback,
     outbound_rest,
+    owners,
     passthrough,
     place,
 )
@@ -31,7 +31,7 @@ def outbound_1_4(terms: Terms) -> Iterator[Rule]:
         yield rule("proxy.self_calls", TO_IN_REDIRECT, ON_LO, *matches, family=family)
     for path, match_own in terms.own():
         yield rule(path, Return(), match_own)
-    yield from leave_owners(terms, Return())
+    yield from owners(terms)
     yield from loopback(terms)
     yield from outbound_rest(terms, end=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from netapply.compiler.decisions import leave_owners
 from netapply.compiler.layout import Part, TableName
 from netapply.compiler.terms import IS_TCP, ON_LO, Term, Terms, rule
 from netapply.plan import CapturePlan, Everything
@@ -72,6 +73,15 @@ def passthrough(terms: Terms) -> Iterator[Rule]:
     """What the proxy hands to the application."""
     for family, matches in one("src", terms.plan.proxy.passthrough_sources):
         yield rule("proxy.passthrough_sources", Return(), ON_LO, *matches, family=family)
+
+
+def owners(terms: Terms) -> Iterator[Rule]:
+    """Owners whose traffic is not captured: those that are listed, or all others."""
+    yield from leave_owners(terms, Return())
+    include = terms.plan.outbound.owners.include
+    if include != "*":
+        others = (match._replace(negate=True) for match in terms.owners(include))
+        yield rule("outbound.owners.include", Return(), *others)
 
 
 def loopback(terms: Terms) -> Iterator[Rule]:

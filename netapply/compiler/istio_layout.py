@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from netapply.compiler import istio_words, netapply_layout
-from netapply.compiler.decisions import QUERY_PORT, leave_owners
+from netapply.compiler.decisions import QUERY_PORT
 from netapply.compiler.istio_1_4 import outbound_1_4, tproxy_1_4
 from netapply.compiler.istio_chains import (
     INBOUND,
@@ -26,6 +26,7 @@ from netapply.compiler.istio_chains import (
     loopback,
     one,
     outbound_rest,
+    owners,
     passthrough,
     place,
     single,
@@ -145,7 +146,7 @@ def _outbound(terms: Terms, version: Version) -> Iterator[Rule]:
         yield from _owner(terms, version, "uid", uid)
     for gid in plan.proxy.gids:
         yield from _owner(terms, version, "gid", gid)
-    yield from leave_owners(terms, Return())
+    yield from owners(terms)
     if plan.dns.capture != "none":
         if version.tcp_only:
             yield from tcp_queries_1_11(terms)

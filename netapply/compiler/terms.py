@@ -27,6 +27,7 @@ from netapply.ruleset import (
     SetMatch,
     Side,
     Statement,
+    SynMatch,
 )
 from netapply.spans import collapse, join, merge
 
@@ -36,6 +37,7 @@ ORDER = (
     "address",
     "protocol",
     "port",
+    "syn",
     "set",
     "owner",
     "cgroup",
@@ -46,6 +48,8 @@ ORDER = (
     "limit",
 )
 IS_TCP, IS_UDP = ProtocolMatch(TCP), ProtocolMatch(UDP)
+#: Opens a connection of TCP. What is new to conntrack may be older than our rules, and is to stay as it is.
+IS_SYN = SynMatch()
 ON_LO = IfaceMatch("out", "lo")
 
 #: Matches that are joined to a rule's others, and the one family that they speak of, if any.
@@ -138,14 +142,14 @@ class Terms:
         if proxy.mark is not None:
             yield "proxy.mark", MarkMatch(proxy.mark.value, proxy.mark.mask)
 
-    def owners(self, owners: Owners, *, negate: bool = False) -> Iterator[Match]:
+    def owners(self, owners: Owners) -> Iterator[OwnerMatch | CgroupMatch]:
         """One match for each entry. Only native nftables stores a cgroup's number, the others its path alone."""
         for first, last in owners.uids:
-            yield OwnerMatch("uid", first, last, negate)
+            yield OwnerMatch("uid", first, last)
         for first, last in owners.gids:
-            yield OwnerMatch("gid", first, last, negate)
+            yield OwnerMatch("gid", first, last)
         for path, number in owners.cgroups:
-            yield CgroupMatch(path, number if self._dialect.families == "inet" else 0, negate)
+            yield CgroupMatch(path, number if self._dialect.families == "inet" else 0)
 
 
 def logged(plan: CapturePlan, rules: Iterable[Rule]) -> Iterator[Rule]:

@@ -39,7 +39,7 @@ def needed(case: Case, plan: CapturePlan) -> tuple[tuple[str, ...], tuple[Capabi
         OWNERS: "dns.zones" in features or any(probe.sender[:2] not in (APP[:2], ROOT[:2]) for probe in probes),
         GROUPS: any(probe.sender.groups for probe in probes),
         CGROUPS: any(probe.sender.cgroup for probe in probes) or "cgroups" in needs(plan),
-        CONNTRACK: case.all_replied,
+        CONNTRACK: case.all_replied or case.story == "older",
         IP6: any(probe.family == "ip6" for probe in probes),
         RAW: any(probe.state == "invalid" for probe in probes),
     }

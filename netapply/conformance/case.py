@@ -24,7 +24,7 @@ LEVELS: tuple[Level, ...] = ("core", "full", "stress")
 Endpoint: TypeAlias = tuple[str, int]
 
 #: What is done with a plan besides sending the probes; see `netapply.conformance.stories`.
-Story: TypeAlias = Literal["apply", "update", "foreign", "drift", "failure", "model"]
+Story: TypeAlias = Literal["apply", "update", "older", "foreign", "drift", "failure", "model"]
 
 
 class Sender(NamedTuple):

@@ -230,6 +230,7 @@ _LOST: dict[str, OnRules] = {
     "lost: mark": _without("mark"),
     "lost: connection mark": _without("connmark"),
     "lost: state": _without("state"),
+    "lost: SYN": _without("syn"),
     "lost: inversion of an address": _turned("address", negate=True),
     "lost: inversion of a port": _turned("port", negate=True),
     "lost: inversion of an owner": _turned("owner", negate=True),

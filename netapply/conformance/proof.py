@@ -250,7 +250,11 @@ def _rank_of_plan(mutation: Mutation, mistaken: Mistaken, case: Case, content: M
     if changed == ruleset:
         return None
     flows = [flow_of(probe) for probe in case.probes]
-    return (0 if any(_fate(ruleset, flow) != _fate(changed, flow) for flow in flows) else 3) + later
+    if case.story == "older":
+        flows = [flow._replace(state="picked-up") for flow in flows]
+    if any(_fate(ruleset, flow) != _fate(changed, flow) for flow in flows):
+        return 0 + later
+    return 2 if case.story == "foreign" else 3 + later  # whose rules come first shows beside others alone
 
 
 def _fate(ruleset: Ruleset, flow: Any) -> object:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from netapply.conformance import conntrack, failing, foreign
-from netapply.conformance.case import Case, Story
+from netapply.conformance.case import Case, Probe, Seen, Story
 from netapply.conformance.drift import drifts
 from netapply.conformance.flows import flow_of
+from netapply.conformance.prober import PATIENCE, Batch
 from netapply.conformance.stage import Reader, Stage, Standing, differences, plan_from, ports_of
 from netapply.decide import DNS_PORT, decide
 from netapply.errors import ApplyError
+from netapply.lab.namespaces import timeout_scale
 from netapply.ownership import ownership
 from netapply.plan import CapturePlan
 
@@ -84,6 +88,34 @@ def _update(case: Case, stage: Stage, plan: CapturePlan) -> Iterator[str]:
     yield from _held(case, stage, update)
     stage.arrange(case, update)
     yield from stage.send(case.after)
+
+
+def _older(case: Case, stage: Stage, plan: CapturePlan) -> Iterator[str]:
+    """Connections that began before there was connection tracking stay with whom they were, over an update too."""
+    probes = stage.possible(case.probes)
+    plans = (plan, plan_from(case.update)) if case.update else (plan,)
+    with _untracked(stage, probes) as (batch, seen):
+        yield from differences(probes, seen)
+        for each in plans:
+            stage.apply(each, case.layout)
+            for wrong in differences(probes, batch.again()):
+                yield f"a connection that is older than the plan: {wrong}"
+    yield from _held(case, stage, plans[-1])
+    stage.arrange(case, plans[-1])
+    yield from stage.send(case.after)
+
+
+@contextmanager
+def _untracked(stage: Stage, probes: Sequence[Probe]) -> Generator[tuple[Batch, list[Seen]]]:
+    """The probes' flows, which conntrack has not seen: it is switched off some time after the last rule is gone."""
+    until = time.monotonic() + PATIENCE * timeout_scale()
+    while True:
+        with stage.prober.open(probes) as batch:
+            seen = batch.run()
+            if not conntrack.entries(stage.capture.namespace) or time.monotonic() > until:
+                yield batch, seen
+                return
+        conntrack.flush(stage.capture.namespace)
 
 
 def _foreign(case: Case, stage: Stage, plan: CapturePlan) -> Iterator[str]:
@@ -162,6 +194,7 @@ def _model(case: Case, stage: Stage, plan: CapturePlan) -> Iterator[str]:
 STORIES: Mapping[Story, Callable[[Case, Stage, CapturePlan], Iterator[str]]] = {
     "apply": _apply,
     "update": _update,
+    "older": _older,
     "foreign": _foreign,
     "drift": _drift,
     "failure": _failure,

@@ -13,6 +13,7 @@ from netapply.reader.library import Blocks, list_commands, read_both
 _COUNTER = re.compile(r"\bcounter packets \d+ bytes \d+")
 _DEFAULT_BURST = re.compile(r"(limit rate \d+/\w+) burst 5 packets")
 _UNNAMED_PROTOCOL = re.compile(r"\bl4proto (6|17)\b")
+_SYN = "tcp flags syn / fin,syn,rst,ack"  # of nft 0.9.9 to 1.0
 _CGROUP = re.compile(r'(socket cgroupv2 level \d+ (?:!= )?)"([^"]*)"')
 
 
@@ -53,7 +54,7 @@ def _elements(line: str) -> list[str]:
 
 
 def _line(line: str, cgroup: Callable[[str], int]) -> str:
-    line = _COUNTER.sub("counter", line)
+    line = _COUNTER.sub("counter", line).replace(_SYN, "tcp flags & (fin | syn | rst | ack) == syn")
     line = _DEFAULT_BURST.sub(r"\1", line)  # printed since nft 1.0.7
     # Without /etc/protocols nft has no names, and with an unknown cgroup no path.
     line = _UNNAMED_PROTOCOL.sub(lambda found: "l4proto " + {"6": "tcp", "17": "udp"}[found[1]], line)

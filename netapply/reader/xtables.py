@@ -42,6 +42,7 @@ from netapply.ruleset import (
     SocketMatch,
     StateMatch,
     Statement,
+    SynMatch,
     TProxy,
 )
 
@@ -49,6 +50,7 @@ _TABLES = ("raw", "mangle", "nat", "filter")
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 _PORT_PROTOCOLS = {6: "tcp", 17: "udp"}
 _EVERY_BIT = 0xFFFFFFFF
+_TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "ack": 16}
 
 
 def compare_rules(backend: Backend, namespace: Kernel, owned: Owned) -> tuple[Blocks, Blocks]:
@@ -120,6 +122,8 @@ def _match_word(match: Match, family: Family, protocol: int, *, restored: bool) 
             if len(match.ranges) != 1 or ports == "0-65535":
                 return "match multiport"
             return f"{name} {match.side[0]}port {_operator(match.negate)} {ports}" if restored else f"match {name}"
+        case SynMatch():
+            return "tcp flags & 23 == 2" if restored else "match tcp"
         case MarkMatch() if restored:
             masked = f" & {match.mask}" if match.mask != _EVERY_BIT else ""
             return f"mark{masked} {_operator(match.negate)} {match.value}"
@@ -203,6 +207,8 @@ def _word(expression: Any) -> str:
         case {"match": {"op": operator, "left": left, "right": {"prefix": {"addr": int(value), "len": length}}}}:
             # The leading bits of a mark, spelled as those of an address.
             return f"{_value(left)} & {_EVERY_BIT << (32 - length) & _EVERY_BIT} {operator} {value}"
+        case {"match": {"op": operator, "left": {"&": [{"payload": {"field": "flags"}}, mask]}, "right": right}}:
+            return f"tcp flags & {_flags(mask)} {operator} {_flags(right)}"
         case {"match": {"op": operator, "left": left, "right": right}}:
             return f"{_value(left)} {operator} {_value(right)}"
         case {"xt": {"type": kind, "name": name}}:
@@ -217,6 +223,17 @@ def _word(expression: Any) -> str:
             return str(next(iter(expression)))
         case _:
             return json.dumps(expression)
+
+
+def _flags(value: Any) -> int:
+    """TCP flags by their names, as a number or as a list, which nft since 1.0.7 says is joined by "or"."""
+    match value:
+        case {"|": values} | [*values]:
+            return sum(map(_flags, values))
+        case str():
+            return _TCP_FLAGS.get(value, 0)
+        case _:
+            return int(value)
 
 
 def _value(value: Any) -> str:

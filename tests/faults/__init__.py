@@ -5,5 +5,5 @@ and at one of its system calls it is killed, or the call fails, or its answer is
 runs, and what the kernel then holds must be the old state or the new one, with every foreign object as it was.
 
     python -m tests.faults            every case, and the table of docs/reliability.md
-    python -m tests.faults --quick    a sample of each
+    tests/test_faults.py              a sample of each
 """

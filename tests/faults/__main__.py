@@ -1,4 +1,4 @@
-"""Every case, on as many processors as there are: `python -m tests.faults [--quick] [--stride N] [--write FILE]`."""
+"""Every case, on as many processors as there are: `python -m tests.faults [--stride N] [--most N] [--write FILE]`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ def _start() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make faults", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a sample of each")
     parser.add_argument("--stride", type=int, default=12, help="of the calls that change nothing, each Nth")
     parser.add_argument("--most", type=int, default=12, help="calls of a kind that are refused, in each case")
     parser.add_argument("--jobs", type=int, default=2)

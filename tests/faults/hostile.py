@@ -139,7 +139,7 @@ def attacked(backend: str, applies: int, directory: Path) -> Told:
             longest = max(longest, time.monotonic() - begun)
     with netapply.open(place.netns.path) as capture:
         capture.recover()  # the other netapply was ended in the middle of something
-        missing = len(capture.verify().changes) if counts["changed"] else 1
+        missing = min(len(capture.diff(plan, backend=backend).changes) for plan in loaded)
         capture.apply(loaded[0], backend=backend)
         missing += not capture.verify(loaded[0]).same
     lost = total = 0

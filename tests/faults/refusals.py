@@ -82,6 +82,8 @@ class Refused(Fault):
             return False
         if call.number == CALLS["write"]:
             return call.arguments[0] > 2  # the terminal's is another matter
+        if call.number == CALLS["newfstatat"] and child.memory(call.arguments[1], 1) == b"\0":
+            return False  # of a descriptor: it is there
         if call.number == CALLS["openat"] and _IPV6 in child.memory(call.arguments[1], len(_IPV6)):
             return False
         if call.number == CALLS["openat"] and self._refusal.errno in (errno.ENOSPC, errno.EIO):

@@ -6,6 +6,7 @@ What it writes goes to memory and is gone with it, but for what is bound into it
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,8 @@ class Machine:
         binds = [f"--bind={source}:{target}" for source, target in self._binds.items()]
         command = ["systemd-nspawn", "--quiet", f"--directory={ROOT}", "--volatile=overlay", "--boot"]
         command += ["--register=no", "--keep-unit", "--private-network", "--console=pipe", "--capability=all"]
-        command += ["--system-call-filter=bpf perf_event_open", f"--machine=netapply-test-{os.getpid()}", *binds]
+        command += [f"--machine=netapply-test-{secrets.token_hex(4)}", "--system-call-filter=bpf perf_event_open"]
+        command += binds
         environment = {**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
         with open(self._place / "console", "ab") as console:
             self._nspawn = subprocess.Popen(
@@ -93,7 +95,9 @@ class Machine:
             self._into(*command), input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}\n{self.journal()}")
+            raise AssertionError(
+                f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}\n{self.journal()}"
+            )
         return done.stdout + ("" if check else done.stderr)
 
     def spawn(self, *command: str) -> subprocess.Popen[str]:

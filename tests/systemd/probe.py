@@ -64,8 +64,10 @@ TRIES: dict[str, Callable[[], object]] = {
     "see the homes": lambda: os.listdir("/root"),
 }
 
-print(deny_programs() or "denied", flush=True)
 outcome: dict[str, str] = {}
+print(deny_programs() or "denied", flush=True)
+with open("/proc/self/status", encoding="ascii") as status:
+    print(next(line for line in status if line.startswith("Seccomp_filters")), flush=True)
 for name, attempt in TRIES.items():
     try:
         attempt()

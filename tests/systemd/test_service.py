@@ -123,7 +123,9 @@ def test_it_starts_and_says_so(machine: Machine) -> None:
     assert '"event": "applied"' in machine.journal()
 
 
-def test_what_the_unit_forbids_is_refused(machine: Machine) -> None:
+@pytest.fixture(scope="module")
+def probed(machine: Machine) -> list[str]:
+    """What the probe says, run by the agent's own unit."""
     unit = machine.run("cat", "/etc/systemd/system/netapply.service")
     start = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
     unit = unit.replace(start, f"ExecStart={PYTHON} /opt/tests/probe.py").replace("Type=notify", "Type=oneshot")
@@ -131,16 +133,20 @@ def test_what_the_unit_forbids_is_refused(machine: Machine) -> None:
     machine.write("/run/systemd/system/probe.service", "\n".join(kept))
     machine.systemctl("daemon-reload")
     machine.systemctl("start", "probe.service")
-    said = machine.run("journalctl", "-u", "probe", "-o", "cat", "--no-pager")
-    outcome = json.loads(next(line for line in said.splitlines() if line.startswith("OUTCOME"))[8:])
+    return machine.run("journalctl", "-u", "probe", "-o", "cat", "--no-pager").splitlines()
+
+
+def test_what_the_unit_forbids_is_refused(probed: list[str]) -> None:
+    outcome = json.loads(next(line for line in probed if line.startswith("OUTCOME"))[8:])
     assert {name for name, what in outcome.items() if what == "done"} == set(MAY), outcome
 
 
-def test_the_agent_itself_has_given_up_to_run_programs(machine: Machine) -> None:
-    status = machine.run("cat", f"/proc/{main_pid(machine)}/status")
-    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+def test_the_agent_itself_has_given_up_to_run_programs(machine: Machine, probed: list[str]) -> None:
+    status = machine.run("cat", f"/proc/{main_pid(machine)}/status").splitlines()
+    fields = dict(line.split(":\t", 1) for line in status if ":\t" in line)
     assert fields["NoNewPrivs"] == "1"
-    assert fields["Seccomp"] == "2"
+    # The unit's filters, and the one that the probe took as the agent does: there it refuses execve.
+    assert next(line for line in status if line.startswith("Seccomp_filters")) in probed
     assert int(fields["CapEff"], 16) == 1 << 12 | 1 << 21 | 1 << 19  # NET_ADMIN, SYS_ADMIN, SYS_PTRACE
 
 
@@ -150,7 +156,9 @@ def test_members_of_the_group_may_read_and_others_nothing(machine: Machine) -> N
     machine.write("/tmp/plan.yaml", PLAN)
 
     def asked_by(who: str, *words: str) -> str:
-        return machine.run("setpriv", f"--reuid={who}", f"--regid={who}", "--init-groups", NETAPPLY, *words, check=False)
+        return machine.run(
+            "setpriv", f"--reuid={who}", f"--regid={who}", "--init-groups", NETAPPLY, *words, check=False
+        )
 
     assert "the agent keeps no namespace" in asked_by("reader", "status")
     assert "may not connect" in asked_by("stranger", "status")
@@ -197,7 +205,9 @@ def test_a_namespace_that_was_handed_over_as_a_descriptor_outlasts_the_process(m
         inside = machine.until(lambda: bool(_sleeper(machine)), "nobody sleeps")
         assert inside >= 0
         machine.run("nsenter", "-t", _sleeper(machine), "-n", NETAPPLY, "apply", "/tmp/plan.yaml")
-        machine.until(lambda: machine.show("netapply.service", "NFileDescriptorStore")["NFileDescriptorStore"] == "1", "x")
+        machine.until(
+            lambda: machine.show("netapply.service", "NFileDescriptorStore")["NFileDescriptorStore"] == "1", "x"
+        )
         pid = main_pid(machine)
         machine.run("kill", "-9", str(pid))
         machine.until(lambda: restarted(machine, pid), "it did not come back")
@@ -206,7 +216,9 @@ def test_a_namespace_that_was_handed_over_as_a_descriptor_outlasts_the_process(m
         table = ("nsenter", "-t", _sleeper(machine), "-n", "nft", "list", "ruleset")
         machine.until(lambda: "table inet netapply" in machine.run(*table), "it was not healed")
         machine.run("nsenter", "-t", _sleeper(machine), "-n", NETAPPLY, "clean")
-        machine.until(lambda: machine.show("netapply.service", "NFileDescriptorStore")["NFileDescriptorStore"] == "0", "y")
+        machine.until(
+            lambda: machine.show("netapply.service", "NFileDescriptorStore")["NFileDescriptorStore"] == "0", "y"
+        )
     finally:
         _end(machine, holder)
 
@@ -242,12 +254,18 @@ def test_an_upgrade_loses_no_connection(machine: Machine, figure: Any) -> None:
     figure(f"an upgrade: {answers['proxy']} connections, none astray")
 
 
-def test_nftables_service_flushes_the_machine_and_is_healed(machine: Machine) -> None:
+@pytest.fixture
+def whole_machine(machine: Machine) -> None:
+    """The agent may take the machine's own namespace."""
     flags = "/opt/netapply/bin/python3 -I -m netapply agent --host --read-group netapply"
     drop_in = f"[Service]\nExecStart=\nExecStart={flags}\n"
     machine.write("/etc/systemd/system/netapply.service.d/host.conf", drop_in)
     machine.systemctl("daemon-reload")
     machine.systemctl("restart", "netapply.service")
+
+
+@pytest.mark.usefixtures("whole_machine")
+def test_nftables_service_flushes_the_machine_and_is_healed(machine: Machine) -> None:
     file_plan(machine, PLAN + "namespaces: [{path: /proc/1/ns/net}]\n")
     assert "table inet netapply" in machine.run("nft", "list", "ruleset")
     machine.systemctl("restart", "nftables.service")  # its file begins with: flush ruleset
@@ -258,9 +276,74 @@ def test_nftables_service_flushes_the_machine_and_is_healed(machine: Machine) ->
     machine.until(lambda: "table inet netapply" in machine.run("nft", "list", "ruleset"), "it was not healed")
 
 
+@pytest.mark.usefixtures("whole_machine")
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft", "iptables-legacy"])
+def test_firewalld_and_docker_like_flushes_are_healed_and_their_rules_stay(machine: Machine, backend: str) -> None:
+    file_plan(machine, PLAN + f"namespaces: [{{path: /proc/1/ns/net}}]\nbackend: {backend}\n")
+
+    def ours() -> int:
+        return machine.netapply("show", "--host", "--backend", backend, "-o", "json", check=False).count('"path"')
+
+    whole = ours()
+    assert whole > 5
+    flush = "iptables-legacy" if backend == "iptables-legacy" else "iptables-nft"
+    try:
+        machine.systemctl("start", "firewalld.service")
+        for command in (
+            "firewall-cmd --reload",
+            "firewall-cmd --complete-reload",
+            f"{flush} -t nat -F",  # what the start of dockerd, or an admin, does
+            f"{flush} -t nat -N DOCKER",
+        ):
+            machine.run(*command.split())
+            machine.until(lambda: ours() == whole, f"not healed after {command}")
+        assert "table inet firewalld" in machine.run("nft", "list", "tables")
+        assert "DOCKER" in machine.run(f"{flush}-save")
+    finally:
+        machine.systemctl("stop", "firewalld.service")
+        machine.run("nft", "flush", "ruleset")
+        machine.run("sh", "-c", "iptables-legacy -t nat -F; iptables-legacy -t nat -X DOCKER; true")
+    machine.until(lambda: ours() == whole, "not healed after its end")
+
+
 def test_reload_looks_at_everything(machine: Machine) -> None:
     file_plan(machine)
     pid = main_pid(machine)
     machine.systemctl("reload", "netapply.service")
     assert main_pid(machine) == pid
     assert states(machine) == {"pod": "inplace"}
+
+
+def test_doctor_sees_the_agent_and_who_flushes(machine: Machine) -> None:
+    machine.systemctl("enable", "nftables.service")
+    answer = json.loads(machine.netapply("doctor", "-o", "json", check=False))
+    machine.systemctl("disable", "nftables.service")
+    found = {each["check"]: each for each in answer["findings"]}
+    assert found["agent"]["evidence"] == f"runs as process {main_pid(machine)}"
+    assert "flush ruleset" in found["other firewalls"]["evidence"]
+    assert not [each for each in answer["findings"] if each["result"] in ("trouble", "unseen")]
+
+
+def test_after_a_new_start_of_the_machine_everything_is_as_it_was_asked_for(tmp_path: Path) -> None:
+    """Files and what the API was asked for alike; and nothing is in a circle among the units that start."""
+    places = ("/etc/systemd/system", "/etc/sysusers.d", "/etc/tmpfiles.d", "/etc/netapply", "/var/lib/netapply")
+    binds: dict[Path, str] = {}
+    for number, place in enumerate(places):
+        binds[tmp_path / str(number)] = place
+        (tmp_path / str(number)).mkdir(mode=0o700 if place == "/var/lib/netapply" else 0o755)
+    with Machine(tmp_path, binds) as machine:
+        machine.netapply("install-unit")
+        for step in START:
+            machine.run(*step.split())
+        machine.systemctl("enable", "--now", "netapply.socket", "netapply-read.socket", "netapply.service")
+        machine.run("ip", "netns", "add", "asked")
+        machine.write("/tmp/plan.yaml", PLAN)
+        machine.netapply("apply", "-N", "asked", "/tmp/plan.yaml")
+        machine.write("/etc/netapply/plans.d/filed.yaml", PLAN + "namespaces: [{path: filed}]\n")
+    with Machine(tmp_path, binds) as machine:
+        assert machine.show("netapply.service", "ActiveState")["ActiveState"] == "active"
+        assert set(states(machine).values()) == {"gone"}
+        for name in ("asked", "filed"):
+            machine.run("ip", "netns", "add", name)
+        machine.until(lambda: states(machine) == {"asked": "inplace", "filed": "inplace"}, "not as before")
+        assert "ordering cycle" not in machine.run("journalctl", "-b", "-o", "cat", "--no-pager")

@@ -1,5 +1,6 @@
 """Runs in the machine. `traffic.py serve WORD PORT` answers each connection with WORD; `traffic.py ask ADDRESS PORT`
-connects again and again until its input ends, and prints how often it was answered by whom, as JSON."""
+connects again and again until its input ends, and prints how often it was answered by whom, as JSON.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Rules over time: updates under open flows, rules of others, drift, failures.
 
-Open flows are of a namespace in which conntrack is on already: what it does not know it takes for new (decision 10).
+Open flows of an update are known to conntrack; those that are older than the first plan are not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from netapply.conformance.case import Case, Level
 from netapply.conformance.cases.words import (
     DIRECT,
     DNS,
+    DROPPED,
     IN,
     OUT,
     PROXY,
@@ -59,6 +60,34 @@ _UPDATES = (
         update={"invalid": "keep", "outbound": {"loopback": "capture"}}, after=_CAPTURED),
     Case("update: self-calls end", "full", {}, out(IN, "pod", 8080, sender=PROXY), story="update",
         update={"proxy": {"self_calls": "none"}}, after=out(DIRECT, "pod", 8080, sender=PROXY)),
+)  # fmt: skip
+
+#: Applications and the proxy call and are called, over `lo` too, before anybody captures anything.
+_OLDER = (*out(DIRECT), *into(DIRECT), *out(DIRECT, "pod", 8080, sender=PROXY), *out(DIRECT, "loopback", 8081))
+_BLOCK: dict[str, Any] = {"ipv6": "block"}
+_BLOCKED = (
+    *out(OUT, only=("ip",)), *into(IN, only=("ip",)), *out(DROPPED, only=("ip6",)), *into(DROPPED, only=("ip6",)),
+)  # fmt: skip
+
+_OLDEST = (
+    Case("older connections: redirect", "core", {}, _OLDER, story="older", after=_CAPTURED),
+    Case("older connections: TPROXY", "core", _TPROXY, _OLDER, story="older", after=(*out(OUT), *into(TPROXIED))),
+    Case("older connections: IPv6 is blocked", "core", _BLOCK, _OLDER, story="older", after=_BLOCKED),
+    Case("older connections: loopback is captured", "full", {"outbound": {"loopback": "capture"}}, _OLDER,
+        story="older", after=_CAPTURED),
+    Case("older connections: DNS and lists", "full", {**_LISTS, **_DNS}, (*_OLDER, *out(DIRECT, port=53)),
+        story="older", after=(*out(OUT), *out(DNS, port=53))),
+    Case("older connections: everything", "full", _EVERYTHING, _OLDER, story="older", after=into(TPROXIED)),
+    Case("older connections: everything is blocked", "full", {**_EVERYTHING, **_BLOCK}, _OLDER, story="older",
+        after=into(TPROXIED, only=("ip",))),
+    Case("older connections: listed owners", "full", {"outbound": {"owners": {"include": {"uids": [1000]}}}}, _OLDER,
+        story="older", after=out(OUT)),
+    Case("older connections: an update from redirect to TPROXY", "full", {}, _OLDER, story="older", update=_TPROXY,
+        after=(*out(OUT), *into(TPROXIED))),
+    Case("older connections: an update that blocks IPv6", "full", {}, _OLDER, story="older", update=_BLOCK,
+        after=_BLOCKED),
+    Case("older connections: an update that skips IPv6", "full", {}, _OLDER, story="older", update={"ipv6": "skip"},
+        after=(*out(OUT, only=("ip",)), *out(DIRECT, only=("ip6",)))),
 )  # fmt: skip
 
 #: Somebody who captures one port, in and out, for a proxy of his own.
@@ -115,4 +144,4 @@ def _failures() -> Iterator[Case]:
         yield Case(f"failure: on the way to {name}", level, before, out(OUT), story="failure", update=plan)
 
 
-CASES: tuple[Case, ...] = (*_UPDATES, *_FOREIGN, *_drift(), *_failures())
+CASES: tuple[Case, ...] = (*_UPDATES, *_OLDEST, *_FOREIGN, *_drift(), *_failures())
