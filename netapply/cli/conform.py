@@ -15,7 +15,7 @@ from netapply.conformance.model import arbitrary_cases
 from netapply.conformance.runner import Report, Runner
 from netapply.conformance.shrink import shown, shrink
 from netapply.conformance.unprivileged import enter_user_namespace
-from netapply.errors import NetapplyError
+from netapply.errors import NetapplyError, PlanError, UnsupportedError
 
 SHOWN = 8  # differences of one case
 
@@ -68,7 +68,16 @@ def _smaller(runner: Runner, case: Case, outcome: Outcome) -> Outcome:
     """With what an arbitrary case that failed shrinks to, ready for a table of cases."""
     if case.story != "model" or outcome.status != "failed":
         return outcome
-    small = shrink(case, lambda each: runner.run(each).status == "failed")
+
+    def fails(smaller: Case) -> bool:
+        """Not by being no plan, or none of the layout."""
+        try:
+            wrong = runner.run(smaller).differences
+        except PlanError:
+            return False
+        return any(not each.startswith(UnsupportedError.__name__) for each in wrong)
+
+    small = shrink(case, fails)
     return outcome._replace(differences=(*outcome.differences, f"it takes no more than {shown(small)}"))
 
 

@@ -20,7 +20,7 @@ from netapply.backend import Dialect
 from netapply.compiler import compile_plan, compile_routing
 from netapply.conformance import conntrack
 from netapply.conformance.arbitrary import LAYOUTS, Arbitrary
-from netapply.conformance.case import Case, Probe
+from netapply.conformance.case import PROXY, Case, Probe, Sender
 from netapply.conformance.counting import Place, counted, miscounted, predicted
 from netapply.conformance.flows import flow_of, packed, verdict_of
 from netapply.conformance.stage import Stage
@@ -55,7 +55,14 @@ def arbitrary_cases(seed: int, plans: int = PLANS, flows: int = FLOWS) -> Iterat
             taken = (probe.origin, probe.family, probe.sport) if probe.sport else len(probes)
             if taken not in probes and _foreseeable(plan, layout, probe):
                 probes[taken] = probe._replace(expect=verdict_of(decide(plan, flow_of(probe))))
-        yield Case(f"model {seed}/{number}", "stress", spelled(plan), tuple(probes.values()), layout, "model")
+        found = tuple(probes.values())
+        yield Case(f"model {seed}/{number}", "stress", spelled(plan), found, layout, "model", proxy=_proxy_of(plan))
+
+
+def _proxy_of(plan: CapturePlan) -> Sender:
+    """Somebody whom the plan takes for the proxy, where it names one."""
+    uids, gids = plan.proxy.uids, plan.proxy.gids
+    return Sender(uids[0] if uids else 1000 if gids else PROXY.uid, gids[0] if gids else PROXY.gid)
 
 
 def spelled(plan: CapturePlan) -> Mapping[str, Any]:
@@ -82,7 +89,7 @@ def disagreements(case: Case, stage: Stage, plan: CapturePlan) -> Iterator[str]:
     probes = tuple(_expecting(case, plan, ruleset, probe) for probe in probes)
     yield from _counted(case, stage, ruleset, [probe for probe in probes if probe.state == "new"])
     _forget(stage)
-    yield from stage.send([probe for probe in probes if _answerable(plan, case.layout, probe)])
+    yield from stage.send([probe for probe in probes if _answerable(case, plan, probe)])
 
 
 # --- what can be told beforehand -----------------------------------------------------------------------------------
@@ -99,11 +106,14 @@ def _foreseeable(plan: CapturePlan, layout: str, probe: Probe) -> bool:
     return layout == "netapply" or not tproxy or probe.state == "new"  # Istio's TPROXY takes what is not new, too
 
 
-def _answerable(plan: CapturePlan, layout: str, probe: Probe) -> bool:
+def _answerable(case: Case, plan: CapturePlan, probe: Probe) -> bool:
     """Whether what comes after the first packet gets through, so that sockets show what became of it."""
-    of = plan_of(plan, probe.family)
-    if probe.protocol == "udp" and probe.sport == DNS_PORT and of.dns.capture != "none" and is_local(probe.to):
-        return False  # the answer to it is taken for a query
+    of, layout, who = plan_of(plan, probe.family), case.layout, case.proxy
+    if probe.protocol == "udp" and of.dns.capture != "none":
+        if probe.sport == DNS_PORT and is_local(probe.to):
+            return False  # the answer to it is taken for a query
+        if probe.port == DNS_PORT and of.dns.zones and not (who.uid in of.proxy.uids or who.gid in of.proxy.gids):
+            return False  # nothing tells the proxy's answers from others
     if probe.origin == "pod":
         # What leaves the pod by DNAT with a source of `lo` is nobody's to answer.
         return decide(plan, flow := flow_of(probe)).verdict != "dnat" or show_address(flow.source) in OWN
