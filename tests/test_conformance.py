@@ -81,7 +81,7 @@ def _flow(probe: Probe, state: FlowState | None) -> Flow:
 def test_what_cases_expect_is_what_the_specification_decides() -> None:
     """Written by hand and computed: two ways to the same verdict.
 
-    Not where sockets show something else: nobody listens, a policy rule keeps the marked here, or counters are looked at.
+    Not where sockets show something else: nobody listens, a policy rule keeps the marked, or counters are looked at.
     """
     wrong = [
         f"{case.name}: {probe} expects {probe.expect}, decided is {verdict}"
