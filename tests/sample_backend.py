@@ -1,5 +1,4 @@
 """A backend by somebody else: it writes nft(8)'s text, and libnftables does the rest. See docs/writing-a-backend.md.
-
 What it wants stands beside the rules, as comments; the rules are that, as long as nft lists them as the text says.
 """
 

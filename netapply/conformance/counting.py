@@ -14,17 +14,29 @@ from netapply.sights import outcome
 
 #: Table family, table, chain, index there: a rule.
 Place: TypeAlias = tuple[str, str, str, int]
+#: Statements and matches that switch conntrack on for their family (nf_ct_netns_get in xt_*.c).
+TRACKING = frozenset(("redirect", "dnat", "set-zone", "set-connmark", "save-mark", "restore-mark", "state", "connmark"))
 
 
 def predicted(ruleset: Ruleset, flows: Iterable[Flow]) -> Counter[Place]:
     """How often each rule counts the first packets of these flows. Pure."""
+    tracked = _tracked(ruleset)
     return Counter(
         (visit.table.family, visit.table.name, visit.chain.name, visit.position)
         for flow in flows
         for _, trace in outcome(ruleset, flow).sights
         for visit in trace.visits
-        if visit.failed is None
+        if visit.failed is None and (visit.table.name != "nat" or visit.table.family in tracked)
     )
+
+
+def _tracked(ruleset: Ruleset) -> set[str]:
+    """Families whose packets conntrack sees: in iptables some rule has to ask for that, or nat looks at none."""
+    return {
+        table.family
+        for table, _, _, rule in ruleset.walk()
+        if rule.statement.kind in TRACKING or any(match.kind in TRACKING for match in rule.matches)
+    }
 
 
 def counted(shown: Iterable[RuleCounter]) -> Counter[Place]:
