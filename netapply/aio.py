@@ -81,7 +81,7 @@ class AsyncCapture:
         async with self._turn:
             capture, self._capture = self._capture, None
             if capture is not None:
-                await _to_the_end(capture.close)
+                await to_the_end(_in_thread(capture.close))
 
     async def _opened(self) -> api.CaptureLike:
         if self._capture is not None:
@@ -91,17 +91,20 @@ class AsyncCapture:
             self._capture = self._opener()  # here, as a cancelled caller would lose what the thread returns
             return self._capture
 
-        return await _to_the_end(open_it)
+        return await to_the_end(_in_thread(open_it))
 
     async def _run(self, work: Callable[[api.CaptureLike], T], stop: threading.Event | None = None) -> T:
         async with self._turn:
             capture = await self._opened()
-            return await _to_the_end(lambda: work(capture), stop)
+            return await to_the_end(_in_thread(lambda: work(capture)), stop)
 
 
-async def _to_the_end(work: Callable[[], T], stop: threading.Event | None = None) -> T:
-    """Run `work` in a thread; when cancelled, ask it to stop, and wait all the same: it cannot be left half-way."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
+def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    return asyncio.ensure_future(asyncio.to_thread(work))
+
+
+async def to_the_end(task: asyncio.Future[T], stop: threading.Event | None = None) -> T:
+    """What a thread returns. When cancelled, `stop` asks it to, and it is waited for: it cannot be left half-way."""
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError as cancelled:

@@ -7,8 +7,9 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TypeVar
+
+from netapply.aio import to_the_end
 
 T = TypeVar("T")
 
@@ -22,16 +23,7 @@ class Workers:
 
     async def run(self, work: Callable[[], T], stop: threading.Event | None = None) -> T:
         """What `work` returns or raises. Who is cancelled sets `stop`, and waits all the same for the thread."""
-        task = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError as cancelled:
-            if stop is not None:
-                stop.set()
-            while not task.done():
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([task])
-            raise cancelled from (None if task.cancelled() else task.exception())
+        return await to_the_end(asyncio.get_running_loop().run_in_executor(self._pool, work), stop)
 
     def close(self) -> None:
         """No more work. Nobody waits here for long: all that was begun was awaited."""
