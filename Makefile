@@ -99,7 +99,7 @@ vagrant-share: $(VENV)/.installed
 	rm -rf build/vagrant/share && mkdir -p build/vagrant/share
 	$(PY) -m build --wheel --outdir build/vagrant/share/wheelhouse . >/dev/null
 	$(PY) -m pip download --quiet --dest build/vagrant/share/wheelhouse --only-binary :all: --python-version 3.11 \
-	  --platform manylinux2014_x86_64 build/vagrant/share/wheelhouse/netapply-*.whl
+	  --platform manylinux2014_x86_64 "$$(echo build/vagrant/share/wheelhouse/netapply-*.whl)[agent]"
 	cp vagrant/check.py build/vagrant/share/
 
 # The box and its kernels, from the machine's own mirror: three minutes, once. The target vagrant-box builds them anew.

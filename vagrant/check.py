@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
@@ -29,6 +30,9 @@ apiVersion: netapply/v1
 kind: CapturePlan
 outbound: {owners: {exclude: {cgroups: [system.slice]}}}
 """
+
+
+UNIT_NAMESPACE = "netapply-check"
 
 
 class Step(NamedTuple):
@@ -111,22 +115,47 @@ def preferred(backend: str) -> Step:
 
 
 def unit() -> Step:
-    """The agent as a systemd unit, by the unit file that the wheel brings."""
-    found = next(HOME.rglob("netapply*.service"), None)
-    if found is None:
+    """The agent as users install it: a plan file put into force, and a flush healed, by the unit."""
+    if run(NETAPPLY, "install-unit", "--print").code:
         return Step("not there", "")
-    name = found.name
+    plans = Path("/etc/netapply/plans.d")
     for command in (
-        ("systemd-analyze", "verify", str(found)),
-        ("systemctl", "link", str(found)),
-        ("systemctl", "start", name),
-        ("systemctl", "is-active", name),
-        ("systemctl", "stop", name),
+        ("ip", "netns", "add", UNIT_NAMESPACE),
+        (NETAPPLY, "install-unit"),
+        ("systemd-sysusers", "netapply.conf"),
+        ("systemd-tmpfiles", "--create", "netapply.conf"),
+        ("systemctl", "daemon-reload"),
+        ("systemctl", "start", "netapply.socket", "netapply-read.socket", "netapply.service"),
+        ("systemctl", "is-active", "netapply.service"),
     ):
         ran = run(*command)
         if ran.code:
             return Step("failed", f"{' '.join(command)}: {ran.why()}")
-    return Step("passed", "verified, started, active, stopped")
+    plans.mkdir(parents=True, exist_ok=True)
+    (plans / "check.yaml").write_text(
+        f"apiVersion: netapply/v1\nnamespaces: [{{path: /run/netns/{UNIT_NAMESPACE}}}]\nbackend: nftables\n"
+    )
+    listed = ("ip", "netns", "exec", UNIT_NAMESPACE, "nft", "list", "table", "inet", "netapply")
+    said = ""
+    if not _within(lambda: not run(*listed).code):
+        said = "the plan file was not put into force"
+    elif run("ip", "netns", "exec", UNIT_NAMESPACE, "nft", "flush", "ruleset").code:
+        said = "nft flush ruleset failed"
+    elif not _within(lambda: not run(*listed).code):
+        said = "a flush was not healed"
+    stopped = run("systemctl", "stop", "netapply.service")
+    if said or stopped.code:
+        return Step("failed", said or f"systemctl stop: {stopped.why()}")
+    return Step("passed", "active, plan in force, flush healed, stopped")
+
+
+def _within(holds: Callable[[], bool], seconds: float = 60) -> bool:
+    until = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def missing() -> dict[str, list[str]]:

@@ -14,5 +14,5 @@ else
   "$(command -v python3.12 || echo python3)" -m venv /opt/netapply
 fi
 /opt/netapply/bin/pip install --quiet --disable-pip-version-check --root-user-action ignore --force-reinstall $offline \
-  --find-links /netapply/wheelhouse netapply
+  --find-links /netapply/wheelhouse 'netapply[agent]'
 /opt/netapply/bin/netapply --version
