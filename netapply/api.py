@@ -114,6 +114,30 @@ class Capture:
             self.namespace, backend=backend, layout=layout, adopt=adopt, journal=self.journal, reason=reason
         )
 
+    def migrate(
+        self,
+        plan: CapturePlan,
+        to: str,
+        *,
+        layout: str = "netapply",
+        adopt: Adoption | None = None,
+        fingerprint: str = "",
+        proof: Callable[[], None] = lambda: None,
+        reason: str = "",
+    ) -> Result:
+        """See `netapply.core.migrate`."""
+        return core.migrate(
+            self.namespace,
+            plan,
+            to,
+            layout=layout,
+            adopt=adopt,
+            journal=self.journal,
+            fingerprint=fingerprint,
+            proof=proof,
+            reason=reason,
+        )
+
     def rollback(self, back: int = 1, *, reason: str = "") -> Result:
         """See `netapply.core.rollback`."""
         return core.rollback(self.namespace, back, journal=self.journal, reason=reason)

@@ -266,6 +266,44 @@ class FakeCapture:
         why = "held our rules" if held else "nothing of ours was found in any dialect"
         return Result(bool(steps), ", ".join(held), why, steps, duration=time.perf_counter() - begun)
 
+    def migrate(
+        self,
+        plan: CapturePlan,
+        to: str,
+        *,
+        layout: str = "netapply",
+        adopt: Adoption | None = None,  # noqa: ARG002 - the signature of Capture; nobody else has been here
+        fingerprint: str = "",  # noqa: ARG002 - the signature of Capture.migrate; it is for the journal's reader alone
+        proof: Callable[[], None] = lambda: None,
+        reason: str = "",  # noqa: ARG002 - the signature of Capture.migrate; it is for the history's reader alone
+    ) -> Result:
+        """As `Capture.migrate`. Raises as `apply` does."""
+        begun = time.perf_counter()
+        refuse_waiting(plan)
+        with self._turn():
+            coming, others = find_backend(to), [name for name in self._held() if name != to]
+            if len(self._held()) > 1:
+                raise ConflictError(f"rules of ours stand in {len(self._held())} dialects at once")
+            desired, effective, degraded = self._compiled(plan, coming, layout)
+            proof()
+            steps = self._commit("apply", coming, desired)
+            for name in others:
+                self.namespace.put(name, None)
+            self.namespace.stands(to, desired)
+        duration = time.perf_counter() - begun
+        return Result(
+            bool(steps),
+            to,
+            f"from {others[0]}" if others else "",
+            steps,
+            degraded,
+            (),
+            True,
+            effective.ipv6,
+            None,
+            duration,
+        )
+
     def rollback(
         self,
         back: int = 1,

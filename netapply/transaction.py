@@ -105,6 +105,24 @@ class Transaction:
             raise
         return Outcome(tuple(self._done), created, before.ruleset)
 
+    @property
+    def done(self) -> tuple[str, ...]:
+        """What was done, by name."""
+        return tuple(self._done)
+
+    def bring(self, state: State, record: Routing) -> Routing:
+        """Bring the namespace to `state`, read it back, and return the routing that is ours then.
+
+        A part of something larger: without a journal, and the caller undoes it.
+        """
+        created = self._converge(state, record)
+        self._prove(state, created)
+        return created
+
+    def holds(self, state: State, record: Routing) -> bool:
+        """Whether `state` stands."""
+        return not self._differs(state, record)
+
     def _shows_halfway(self, steps: Sequence[Step]) -> bool:
         """Whether a run that dies may leave what is neither before nor after, or what only the journal knows as ours.
 

@@ -118,6 +118,36 @@ def recover(arguments: Arguments, printer: Printer) -> int:
     return 0
 
 
+def migrate(arguments: Arguments, printer: Printer) -> int:
+    """Bring ours to another dialect."""
+    from netapply.planfile import fingerprint, read_plan
+
+    plan, agent = read_plan(arguments.plan), _agent(arguments)
+    if agent is not None:
+        from netapply.cli import delegation
+
+        delegation.refuse(agent, arguments)
+    with open_named(arguments) as capture:
+        adopt = None
+        if arguments.adopt:
+            from netapply.dropin.run import whatever_istio_left
+
+            adopt = whatever_istio_left(capture)
+        result = capture.migrate(
+            plan,
+            arguments.to,
+            layout=arguments.layout,
+            adopt=adopt,
+            fingerprint=fingerprint(plan),
+            reason=arguments.reason,
+        )
+    if printer.json:
+        printer.document("migrate", result._asdict())
+    else:
+        print_result(result, printer)
+    return 0
+
+
 def rollback(arguments: Arguments, printer: Printer) -> int:
     """Bring back an earlier state."""
     agent = _agent(arguments)
@@ -351,6 +381,7 @@ COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "clean": clean,
     "recover": recover,
     "rollback": rollback,
+    "migrate": migrate,
     "history": history,
     "render": render,
     "diff": diff,

@@ -40,14 +40,14 @@ def _apply(parser: Takes) -> None:
         "--confirm", type=seconds, default=0.0, metavar="SECONDS", help="go back unless netapply confirm comes in time"
     )
     alone(parser)
-    _reason(parser)
+    reason(parser)
 
 
 def _clean(parser: Takes) -> None:
     namespace(parser)
     backend(parser)
     alone(parser)
-    _reason(parser)
+    reason(parser)
 
 
 def _rollback(parser: Takes) -> None:
@@ -55,14 +55,15 @@ def _rollback(parser: Takes) -> None:
     alone(parser)
     how = "how many states to go back; default 1"
     parser.add_argument("back", nargs="?", type=states, default=1, metavar="N", help=how)
-    _reason(parser)
+    reason(parser)
 
 
 def _history(parser: Takes) -> None:
     namespace(parser)
 
 
-def _reason(parser: Takes) -> None:
+def reason(parser: Takes) -> None:
+    """What the history is to say."""
     parser.add_argument("--reason", default="", metavar="TEXT", help="why, for the history")
 
 
