@@ -83,6 +83,7 @@ class Capture:
         adopt: Adoption | None = None,
         fingerprint: str = "",
         cancelled: Callable[[], bool] = lambda: False,
+        proof: Callable[[], None] | None = None,
         reason: str = "",
     ) -> Result:
         """See `netapply.core.apply`."""
@@ -95,6 +96,7 @@ class Capture:
             journal=self.journal,
             fingerprint=fingerprint,
             cancelled=cancelled,
+            proof=proof,
             reason=reason,
         )
 
@@ -122,7 +124,7 @@ class Capture:
         layout: str = "netapply",
         adopt: Adoption | None = None,
         fingerprint: str = "",
-        proof: Callable[[], None] = lambda: None,
+        proof: Callable[[], None] | None = None,
         reason: str = "",
     ) -> Result:
         """See `netapply.core.migrate`."""

@@ -113,6 +113,7 @@ def apply(
     fingerprint: str = "",
     count_flows: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
+    proof: Callable[[], None] | None = None,
     reason: str = "",
 ) -> Result:
     """Make the namespace hold `plan`: all of it, or, when anything fails, what was there before.
@@ -120,7 +121,9 @@ def apply(
     `backend` is a name or "auto", which keeps to the dialect that holds our rules already. `fingerprint` names the
     plan in the journal. `adopt` says what else is taken over, where chains of the layout's names or policy rules of
     others stand already: rules and routing that another program left. `count_flows` counts open connections that would
-    be treated otherwise. `cancelled` is asked between steps. `reason` is for the history. Raises NetapplyError:
+    be treated otherwise. `cancelled` is asked between steps. `proof` is called when all stands, and raises where
+    connections do not go where they should (`netapply.canary`): then it is undone. `reason` is for the history. Raises
+    NetapplyError:
     ConflictError, UnsupportedError and LockError with nothing touched, ApplyError after a roll-back.
     """
     begun = time.perf_counter()
@@ -132,7 +135,7 @@ def apply(
         if adopt is not None and (chosen.detect(namespace, owned) or routing.of_others(namespace)):
             adopted = adopt()
         fixed = (namespace, session, plan, layout, fingerprint, adopted)
-        attempt = partial(_attempt, *fixed, count_flows=count_flows, cancelled=cancelled)
+        attempt = partial(_attempt, *fixed, count_flows=count_flows, cancelled=cancelled, proof=proof)
         try:
             done = attempt(chosen, lacking(namespace, chosen, plan))
         except ApplyError as error:
@@ -154,14 +157,17 @@ def _attempt(
     *,
     count_flows: bool,
     cancelled: Callable[[], bool],
+    proof: Callable[[], None] | None,
 ) -> Result:
     """Apply by this backend, without what is missing."""
     desired, effective, degraded = compiled(namespace, plan, backend, missing, layout)
     known = session.entry.created if session.entry else Routing()
     entry = Entry(True, backend.name, NOWHERE, desired, known, layout, fingerprint)
     owned = _owned(session.entry, layout, desired.ruleset, adopted)
-    transaction = Transaction(namespace, backend, owned, session.files, cancelled, adopted.routing)
+    transaction = Transaction(namespace, backend, owned, session.files, cancelled, adopted.routing, proof)
     outcome = transaction.run(entry, session.entry)
+    if proof is not None and not outcome.steps:
+        proof()  # nothing to undo
     said = session.entry
     if not outcome.steps and session.files and (said is None or said.pending or said.fingerprint != fingerprint):
         session.files.settle(entry._replace(before=desired, created=outcome.created))
@@ -273,7 +279,7 @@ def migrate(
     adopt: Adoption | None = None,
     journal: Journal | None = None,
     fingerprint: str = "",
-    proof: Callable[[], None] = lambda: None,
+    proof: Callable[[], None] | None = None,
     reason: str = "",
 ) -> Result:
     """Make the namespace hold `plan` in the dialect of backend `to`, and nothing of ours in another.
@@ -314,6 +320,7 @@ def migrate(
                 found.missing,
                 count_flows=False,
                 cancelled=lambda: False,
+                proof=proof,
             )
             why = "holds our rules already" if held else "nothing of ours was here yet"
         else:

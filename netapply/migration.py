@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeAlias
 
 from netapply import routing
 from netapply.backend import Backend, Owned, find_backend, readable
@@ -30,7 +31,7 @@ from netapply.transaction import Outcome, Transaction
 
 FROM_LO = IfaceMatch("in", "lo")
 #: Is asked whether connections go where they should, and raises NetapplyError where they do not.
-Proof = Callable[[], None]
+Proof: TypeAlias = Callable[[], None] | None
 
 
 def beside(ruleset: Ruleset | None) -> Ruleset | None:
@@ -85,7 +86,8 @@ class Migration:
                 self._leaving, before, self._coming, entry.desired, standing.ours, adopted, proof, done
             )
             self._step = "prove that connections are captured"
-            proof()
+            if proof is not None:
+                proof()
             self._step = "commit the journal"
             if self._files is not None:
                 self._files.settle(begun._replace(created=known, leaving=""))
@@ -120,7 +122,7 @@ class Migration:
             transaction = Transaction(self._namespace, backend, self._owned, None, adopted=adopted)
             known = transaction.bring(state, known)
             done += [f"{backend.name}: {step}" for step in transaction.done]
-            if number == 1:
+            if number == 1 and proof is not None:
                 self._step = "prove that connections are captured while both stand"
                 proof()
         return known
@@ -147,7 +149,7 @@ class Migration:
         both = _union(before.routing, desired.routing)
         known = old.bring(State(beside(before.ruleset), both), known)
         return self._exchange(
-            self._coming, State(None, desired.routing), self._leaving, before, known, adopted, _nothing, []
+            self._coming, State(None, desired.routing), self._leaving, before, known, adopted, None, []
         )
 
     def restore(self, entry: Entry) -> str:
@@ -170,10 +172,6 @@ def restore(namespace: Namespace, entry: Entry, files: Files) -> str:
     """`Migration.restore` of what the journal says."""
     owned = ownership("netapply", (entry.before.ruleset, entry.desired.ruleset))._replace(prefixes=PREFIXES)
     return Migration(namespace, find_backend(entry.leaving), find_backend(entry.backend), owned, files).restore(entry)
-
-
-def _nothing() -> None:
-    """What stood before was not proven either."""
 
 
 def _union(first: Routing, second: Routing) -> Routing:

@@ -161,6 +161,7 @@ def _migrate(parser: argparse.ArgumentParser) -> None:
     words.plan(parser)
     parser.add_argument("--to", required=True, metavar="NAME", help=f"{', '.join(BACKENDS[1:])}, or another's")
     parser.add_argument("--adopt", action="store_true", help="leave what Istio's own commands left behind as well")
+    parser.add_argument("--no-probe", action="store_true", help="without canary connections on the way")
     words.layout(parser)
     words.namespace(parser)
     words.alone(parser)

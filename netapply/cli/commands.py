@@ -13,7 +13,9 @@ from netapply.errors import NetapplyError
 from netapply.results import Diff
 
 if TYPE_CHECKING:
+    from netapply.canary import Canary
     from netapply.cli.client import Client
+    from netapply.plan import CapturePlan
 
 CHANGES, DRIFT = 2, 3
 
@@ -36,9 +38,11 @@ def apply(arguments: Arguments, printer: Printer) -> int:
     loaded = examine_plan(read_source(arguments.plan), format=format_of(arguments.plan), source=arguments.plan)
     plan, warnings = loaded.plan, lint(*loaded)
     agent = _agent(arguments)
+    canaries: list[Canary] = []
     if agent is not None:
         from netapply.cli import delegation
 
+        delegation.refuse_probe(arguments)
         result = delegation.apply(agent, arguments, plan)
     elif arguments.confirm:
         raise _nobody("nobody would go back: apply --confirm needs the agent, which does not run")
@@ -46,16 +50,43 @@ def apply(arguments: Arguments, printer: Printer) -> int:
         mark = fingerprint(plan)
         with open_named(arguments) as capture:
             result = capture.apply(
-                plan, backend=arguments.backend, layout=arguments.layout, fingerprint=mark, reason=arguments.reason
+                plan,
+                backend=arguments.backend,
+                layout=arguments.layout,
+                fingerprint=mark,
+                proof=_proof(capture, plan, canaries) if arguments.probe else None,
+                reason=arguments.reason,
             )
     if printer.json:
-        printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings]})
+        told = {"canaries": _told(canaries)} if arguments.probe else {}
+        printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings], **told})
         return 0
     if not arguments.quiet:
         print_result(result, printer)
+        _print_canaries(canaries, printer)
     for warning in warnings:
         printer.note(f"warning: {warning.path}: {warning.message}; {warning.advice}")
     return 0
+
+
+def _proof(capture: Capture, plan: CapturePlan, sent: list[Canary]) -> Callable[[], None]:
+    """Canary connections that the plan decides about; `sent` has the last of them."""
+
+    def send() -> None:
+        from netapply.canary import prove
+
+        sent[:] = prove(capture.namespace, plan)
+
+    return send
+
+
+def _told(canaries: list[Canary]) -> list[dict[str, object]]:
+    return [{**each._asdict(), "expected": each.expected._asdict(), "right": each.right} for each in canaries]
+
+
+def _print_canaries(canaries: list[Canary], printer: Printer) -> None:
+    for each in canaries:
+        printer.line(f"probe {each}")
 
 
 def clean(arguments: Arguments, printer: Printer) -> int:
@@ -123,6 +154,7 @@ def migrate(arguments: Arguments, printer: Printer) -> int:
     from netapply.planfile import fingerprint, read_plan
 
     plan, agent = read_plan(arguments.plan), _agent(arguments)
+    canaries: list[Canary] = []
     if agent is not None:
         from netapply.cli import delegation
 
@@ -139,12 +171,14 @@ def migrate(arguments: Arguments, printer: Printer) -> int:
             layout=arguments.layout,
             adopt=adopt,
             fingerprint=fingerprint(plan),
+            proof=None if arguments.no_probe else _proof(capture, plan, canaries),
             reason=arguments.reason,
         )
     if printer.json:
-        printer.document("migrate", result._asdict())
+        printer.document("migrate", {**result._asdict(), "canaries": _told(canaries)})
     else:
         print_result(result, printer)
+        _print_canaries(canaries, printer)
     return 0
 
 
@@ -202,6 +236,9 @@ def verify(arguments: Arguments, printer: Printer) -> int:
     from netapply.planfile import read_plan
 
     plan = read_plan(arguments.plan) if arguments.plan else None
+    if arguments.probe and plan is None:
+        raise NetapplyError("only a plan says where connections should go", next_step="netapply verify PLAN --probe")
+    canaries: list[Canary] = []
     with open_named(arguments) as capture:
         found = capture.verify(plan, backend=arguments.backend, layout=arguments.layout)
         if arguments.deep:
@@ -210,17 +247,22 @@ def verify(arguments: Arguments, printer: Printer) -> int:
 
             deep = deep_changes(capture.namespace, found.backend, ownership(arguments.layout))
             found = found._replace(changes=found.changes + deep)
-    _print_diff("verify", found, printer, f"holds, in {found.backend}")
+        if plan is not None and arguments.probe and found.same:
+            _proof(capture, plan, canaries)()
+    _print_diff("verify", found, printer, f"holds, in {found.backend}", canaries if arguments.probe else None)
     return 0 if found.same else DRIFT
 
 
-def _print_diff(command: str, found: Diff, printer: Printer, good: str) -> None:
+def _print_diff(command: str, found: Diff, printer: Printer, good: str, canaries: list[Canary] | None = None) -> None:
     if printer.json:
-        body = {"backend": found.backend, "reason": found.reason, "same": found.same}
+        body: dict[str, object] = {"backend": found.backend, "reason": found.reason, "same": found.same}
+        if canaries is not None:
+            body["canaries"] = _told(canaries)
         printer.document(command, {**body, "changes": [change._asdict() for change in found.changes]})
         return
     if found.same:
         printer.line(printer.paint(good, "green"))
+    _print_canaries(canaries or [], printer)
     where = ""
     for change in found.changes:
         if change.where != where:

@@ -73,6 +73,15 @@ def refuse(agent: client.Client, arguments: Arguments) -> None:
             )
 
 
+def refuse_probe(arguments: Arguments) -> None:
+    """Raise NetapplyError: the agent sends no canaries."""
+    if arguments.probe:
+        raise NetapplyError(
+            "the agent does not send canary connections",
+            next_step="netapply apply PLAN, and then netapply verify PLAN --probe; or --alone, if you mean it",
+        )
+
+
 def confirm(agent: client.Client, arguments: Arguments) -> None:
     """Keep what was applied on trial. Raises NetapplyError."""
     with _named(arguments) as (name, fd):

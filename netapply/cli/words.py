@@ -39,6 +39,7 @@ def _apply(parser: Takes) -> None:
     parser.add_argument(
         "--confirm", type=seconds, default=0.0, metavar="SECONDS", help="go back unless netapply confirm comes in time"
     )
+    probe(parser)
     alone(parser)
     reason(parser)
 
@@ -87,6 +88,7 @@ def _verify(parser: Takes) -> None:
     parser.add_argument("plan", nargs="?", metavar="PLAN", help="a plan file; without one, what was last applied")
     backend(parser)
     parser.add_argument("--deep", action="store_true", help="also read back through libnftables, a reader not ours")
+    probe(parser)
 
 
 def _show(parser: Takes) -> None:
@@ -126,6 +128,12 @@ def namespace(parser: Takes) -> None:
     parser.add_argument("--host", action="store_true", help="allow the machine's own namespace")
     parser.add_argument("--lock-timeout", type=seconds, default=10.0, metavar="SECONDS", help="default 10")
     parser.add_argument("--state-dir", metavar="DIR", help="where the journal is; default /run/netapply")
+
+
+def probe(parser: Takes) -> None:
+    """Canary connections."""
+    how = "send a connection of each kind, and say who answered; exit 126 where one goes elsewhere than the plan says"
+    parser.add_argument("--probe", action="store_true", help=how)
 
 
 def alone(parser: Takes) -> None:
