@@ -84,6 +84,7 @@ class Capture:
         fingerprint: str = "",
         cancelled: Callable[[], bool] = lambda: False,
         proof: Callable[[], None] | None = None,
+        flush: bool = False,
         reason: str = "",
     ) -> Result:
         """See `netapply.core.apply`."""
@@ -97,6 +98,7 @@ class Capture:
             fingerprint=fingerprint,
             cancelled=cancelled,
             proof=proof,
+            flush=flush,
             reason=reason,
         )
 

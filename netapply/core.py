@@ -28,7 +28,7 @@ from netapply.plan import CapturePlan
 from netapply.remembered import remembered
 from netapply.results import Change, Detection, Diff, Live, Result, RuleCounter
 from netapply.ruleset import Routing, Ruleset
-from netapply.transaction import Transaction
+from netapply.transaction import Outcome, Transaction
 from netapply.values import NamedTuple
 
 NOWHERE = State(None, Routing())
@@ -114,6 +114,7 @@ def apply(
     count_flows: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
     proof: Callable[[], None] | None = None,
+    flush: bool = False,
     reason: str = "",
 ) -> Result:
     """Make the namespace hold `plan`: all of it, or, when anything fails, what was there before.
@@ -122,7 +123,8 @@ def apply(
     plan in the journal. `adopt` says what else is taken over, where chains of the layout's names or policy rules of
     others stand already: rules and routing that another program left. `count_flows` counts open connections that would
     be treated otherwise. `cancelled` is asked between steps. `proof` is called when all stands, and raises where
-    connections do not go where they should (`netapply.canary`): then it is undone. `reason` is for the history. Raises
+    connections do not go where they should (`netapply.canary`): then it is undone. `flush` has connection tracking
+    forget the flows that would be treated otherwise (`netapply.conntrack`). `reason` is for the history. Raises
     NetapplyError:
     ConflictError, UnsupportedError and LockError with nothing touched, ApplyError after a roll-back.
     """
@@ -135,7 +137,7 @@ def apply(
         if adopt is not None and (chosen.detect(namespace, owned) or routing.of_others(namespace)):
             adopted = adopt()
         fixed = (namespace, session, plan, layout, fingerprint, adopted)
-        attempt = partial(_attempt, *fixed, count_flows=count_flows, cancelled=cancelled, proof=proof)
+        attempt = partial(_attempt, *fixed, count_flows=count_flows, cancelled=cancelled, proof=proof, flush=flush)
         try:
             done = attempt(chosen, lacking(namespace, chosen, plan))
         except ApplyError as error:
@@ -158,6 +160,7 @@ def _attempt(
     count_flows: bool,
     cancelled: Callable[[], bool],
     proof: Callable[[], None] | None,
+    flush: bool = False,
 ) -> Result:
     """Apply by this backend, without what is missing."""
     desired, effective, degraded = compiled(namespace, plan, backend, missing, layout)
@@ -180,10 +183,20 @@ def _attempt(
         "",
         outcome.steps,
         session.degraded + degraded,
-        session.notes,
+        session.notes + (_flushed(namespace, outcome, desired.ruleset) if flush and outcome.steps else ()),
         ipv6=effective.ipv6,
         existing_flows=flows,
     )
+
+
+def _flushed(namespace: Namespace, outcome: Outcome, after: Ruleset | None) -> tuple[str, ...]:
+    """Said, and no error: the plan stands."""
+    from netapply.conntrack import forget_changed  # few ask for it
+
+    try:
+        return (f"connection tracking forgot {forget_changed(namespace, outcome.before, after)} flows",)
+    except KernelError as error:
+        return (f"flows that were there stay as they were ({error})",)
 
 
 def _instead(

@@ -215,6 +215,7 @@ class FakeCapture:
         fingerprint: str = "",  # noqa: ARG002 - the signature of Capture.apply; it is for the journal's reader alone
         cancelled: Callable[[], bool] = lambda: False,
         proof: Callable[[], None] | None = None,
+        flush: bool = False,  # noqa: ARG002 - the signature of Capture.apply; nothing is tracked here
         reason: str = "",  # noqa: ARG002 - the signature of Capture.apply; it is for the history's reader alone
     ) -> Result:
         """As `Capture.apply`. Raises UnsupportedError, ConflictError; ApplyError when cancelled or told to fail."""

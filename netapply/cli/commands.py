@@ -42,7 +42,7 @@ def apply(arguments: Arguments, printer: Printer) -> int:
     if agent is not None:
         from netapply.cli import delegation
 
-        delegation.refuse_probe(arguments)
+        delegation.refuse_extras(arguments)
         result = delegation.apply(agent, arguments, plan)
     elif arguments.confirm:
         raise _nobody("nobody would go back: apply --confirm needs the agent, which does not run")
@@ -55,6 +55,7 @@ def apply(arguments: Arguments, printer: Printer) -> int:
                 layout=arguments.layout,
                 fingerprint=mark,
                 proof=_proof(capture, plan, canaries) if arguments.probe else None,
+                flush=arguments.flush_conntrack,
                 reason=arguments.reason,
             )
     if printer.json:

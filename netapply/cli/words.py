@@ -40,6 +40,8 @@ def _apply(parser: Takes) -> None:
         "--confirm", type=seconds, default=0.0, metavar="SECONDS", help="go back unless netapply confirm comes in time"
     )
     probe(parser)
+    how = "have connection tracking forget the flows that the plan treats otherwise than what stood before"
+    parser.add_argument("--flush-conntrack", action="store_true", help=how)
     alone(parser)
     reason(parser)
 
