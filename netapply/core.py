@@ -350,14 +350,24 @@ def migrate(
     return done._replace(reason=why, degraded=unseen + done.degraded, duration=time.perf_counter() - begun)
 
 
-def rollback(namespace: Namespace, back: int = 1, *, journal: Journal | None = None, reason: str = "") -> Result:
+def rollback(
+    namespace: Namespace,
+    back: int = 1,
+    *,
+    journal: Journal | None = None,
+    state: int | None = None,
+    reason: str = "",
+) -> Result:
     """Bring back the state that stood `back` states ago, as the journal has it; that is a change like any other.
 
-    Before the first state there was nothing of ours. Raises NetapplyError, ConflictError and LockError with nothing
-    touched, ApplyError after a roll-back.
+    Before the first state there was nothing of ours. `state`, if given, is the number of the one that has to stand;
+    where another does, ConflictError. Raises NetapplyError, ConflictError and LockError with nothing touched,
+    ApplyError after a roll-back.
     """
     begun = time.perf_counter()
     with _session(namespace, journal or Journal(), "rollback", reason) as session:
+        if state is not None and session.files is not None and session.files.number != state:
+            raise ConflictError(f"state {session.files.number} stands, and not {state}")
         past = recovery.past(session.files, session.entry, back)
         owned = _owned(session.entry, past.layout, past.desired.ruleset)
         held, unseen = holding_ours(namespace, owned, _also(session.entry))

@@ -31,7 +31,7 @@ from tests import foreign
 from tests.netns import Netns
 from tests.test_dropin import add_addresses
 
-MIGRATIONS = int(os.environ.get("NETAPPLY_MIGRATIONS", "12"))
+MIGRATIONS = int(os.environ.get("NETAPPLY_MIGRATIONS", "6"))
 CLIENTS = 2
 PAIRS = tuple(itertools.combinations(BUILT_IN, 2))
 each_pair = pytest.mark.parametrize(("one", "other"), PAIRS)

@@ -30,6 +30,7 @@ SUMMARY = {
     "watch": "what the agent does, as it happens: drift, who caused it, how soon it was healed",
     "top": "live counters of what the plans decide",
     "confirm": "keep what apply --confirm put on trial",
+    "extend": "give what apply --confirm put on trial more time, from now on; without the agent",
     "demo": "send real packets through a plan in throwaway namespaces, in each dialect",
     "conform": "does a backend mean what the plan says: the conformance suite, by packets in throwaway namespaces",
     "install-unit": "write the agent's units for systemd; says what to run then, and starts nothing",
@@ -76,6 +77,9 @@ def build_parser(*, lean: bool = False) -> argparse.ArgumentParser:
     for name in ("status", "watch", "top"):
         _looks(_command(commands, name))
     words.namespace(_command(commands, "confirm"))
+    extend = _command(commands, "extend")
+    extend.add_argument("seconds", type=words.seconds, metavar="SECONDS")
+    words.namespace(extend)
     _imports(commands.add_parser("import", help=SUMMARY["import"], description=SUMMARY["import"]))
     demo = _command(commands, "demo")
     demo.add_argument("--backend", action="append", choices=BACKENDS[1:], help="only this dialect; may be repeated")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from netapply.canary import Canary
     from netapply.cli.client import Client
     from netapply.plan import CapturePlan
+    from netapply.trial import Trial, Waiter
 
 CHANGES, DRIFT = 2, 3
 
@@ -44,10 +45,9 @@ def apply(arguments: Arguments, printer: Printer) -> int:
 
         delegation.refuse_extras(arguments)
         result = delegation.apply(agent, arguments, plan)
-    elif arguments.confirm:
-        raise _nobody("nobody would go back: apply --confirm needs the agent, which does not run")
     else:
         mark = fingerprint(plan)
+        waiter = _waiter(arguments) if arguments.confirm else None
         with open_named(arguments) as capture:
             result = capture.apply(
                 plan,
@@ -58,6 +58,9 @@ def apply(arguments: Arguments, printer: Printer) -> int:
                 flush=arguments.flush_conntrack,
                 reason=arguments.reason,
             )
+            if waiter is not None:
+                said = _on_trial(waiter.wait(capture, arguments.confirm), arguments)
+                result = result._replace(notes=(*result.notes, said))
     if printer.json:
         told = {"canaries": _told(canaries)} if arguments.probe else {}
         printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings], **told})
@@ -68,6 +71,19 @@ def apply(arguments: Arguments, printer: Printer) -> int:
     for warning in warnings:
         printer.note(f"warning: {warning.path}: {warning.message}; {warning.advice}")
     return 0
+
+
+def _waiter(arguments: Arguments) -> Waiter:
+    from netapply.trial import start
+
+    return start(lambda: open_named(arguments))
+
+
+def _on_trial(trial: Trial | None, arguments: Arguments) -> str:
+    if trial is None:
+        return "nothing is on trial: the state that stands is the one that stood before"
+    where = f" -N {arguments.netns}" if arguments.netns else " --host" if arguments.host else ""
+    return f"on trial for {arguments.confirm:g} s: it goes back unless `netapply confirm{where}` comes"
 
 
 def _proof(capture: Capture, plan: CapturePlan, sent: list[Canary]) -> Callable[[], None]:
@@ -109,12 +125,17 @@ def clean(arguments: Arguments, printer: Printer) -> int:
 
 def confirm(arguments: Arguments, printer: Printer) -> int:
     """Keep what is on trial."""
-    agent = _agent(arguments)
-    if agent is None:
-        raise _nobody("nothing is on trial: the agent does not run")
-    from netapply.cli import delegation
+    from netapply import trial
 
-    delegation.confirm(agent, arguments)
+    with open_named(arguments) as capture:
+        confirmed = trial.confirm(capture)
+    if not confirmed:
+        agent = _agent(arguments)
+        if agent is None:
+            raise trial.nothing_is_on_trial()
+        from netapply.cli import delegation
+
+        delegation.confirm(agent, arguments)
     if printer.json:
         printer.document("confirm", {})
     else:
@@ -122,8 +143,18 @@ def confirm(arguments: Arguments, printer: Printer) -> int:
     return 0
 
 
-def _nobody(message: str) -> NetapplyError:
-    return NetapplyError(message, next_step="start it: netapply agent")
+def extend(arguments: Arguments, printer: Printer) -> int:
+    """Give what is on trial more time."""
+    from netapply import trial
+
+    with open_named(arguments) as capture:
+        if not trial.extend(capture, arguments.seconds):
+            raise trial.nothing_is_on_trial()
+    if printer.json:
+        printer.document("extend", {"seconds": arguments.seconds})
+    else:
+        printer.line(f"on trial for {arguments.seconds:g} s from now")
+    return 0
 
 
 def _agent(arguments: Arguments) -> Client | None:
@@ -439,6 +470,7 @@ COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "watch": watch,
     "top": top,
     "confirm": confirm,
+    "extend": extend,
     "demo": demo,
     "conform": conform,
     "install-unit": install_unit,
