@@ -34,11 +34,10 @@ Opener: TypeAlias = Callable[[], Capture]
 
 
 class Trial(NamedTuple):
-    """What is on trial: number of the state, until when (CLOCK_BOOTTIME, in seconds), and who waits."""
+    """What is on trial: the number of the state, and until when (CLOCK_BOOTTIME, in seconds)."""
 
     number: int
     until: float
-    pid: int
 
 
 class Waiter:
@@ -56,7 +55,7 @@ class Waiter:
             if entry is None or files.number == self.before:
                 self.dismiss()
                 return None
-            trial = Trial(files.number, _now() + seconds, 0)
+            trial = Trial(files.number, _now() + seconds)
             _write(files, capture, trial)
         self._tell({"number": trial.number})
         return trial
@@ -185,12 +184,21 @@ def _name(capture: Capture) -> str:
 
 
 def _read(files: Files, capture: Capture) -> Trial | None:
+    """What is on trial and still stands; the file of another state is removed."""
+    trial = _told(files, capture)
+    if trial is not None and (files.load() is None or files.number != trial.number):
+        os.unlink(_name(capture), dir_fd=files.directory)
+        return None
+    return trial
+
+
+def _told(files: Files, capture: Capture) -> Trial | None:
     with suppress(FileNotFoundError):
         fd = os.open(_name(capture), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=files.directory)
         with open(fd, encoding="ascii") as file:
             try:
                 body = json.load(file)
-                return Trial(int(body["number"]), float(body["until"]), int(body["pid"]))
+                return Trial(int(body["number"]), float(body["until"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise JournalError(
                     f"{_name(capture)} cannot be trusted: {error}", next_step="remove it, and apply what you want"

@@ -87,6 +87,7 @@ def test_who_applies_something_else_ends_the_trial(netns: Netns, tmp_path: Path)
         run("apply", plan(tmp_path, "a", 15001), netns=netns)
         run("apply", plan(tmp_path, "b", 16001), "--confirm", "2", netns=netns)
         run("apply", plan(tmp_path, "c", 17001), netns=netns)
+        assert run("confirm", netns=netns).returncode == 1
         time.sleep(3.5)
         assert ports(capture) == {17001}
 
