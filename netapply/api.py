@@ -83,6 +83,8 @@ class Capture:
         adopt: Adoption | None = None,
         fingerprint: str = "",
         cancelled: Callable[[], bool] = lambda: False,
+        proof: Callable[[], None] | None = None,
+        flush: bool = False,
         reason: str = "",
     ) -> Result:
         """See `netapply.core.apply`."""
@@ -95,6 +97,8 @@ class Capture:
             journal=self.journal,
             fingerprint=fingerprint,
             cancelled=cancelled,
+            proof=proof,
+            flush=flush,
             reason=reason,
         )
 
@@ -112,6 +116,30 @@ class Capture:
         """See `netapply.core.clean`."""
         return core.clean(
             self.namespace, backend=backend, layout=layout, adopt=adopt, journal=self.journal, reason=reason
+        )
+
+    def migrate(
+        self,
+        plan: CapturePlan,
+        to: str,
+        *,
+        layout: str = "netapply",
+        adopt: Adoption | None = None,
+        fingerprint: str = "",
+        proof: Callable[[], None] | None = None,
+        reason: str = "",
+    ) -> Result:
+        """See `netapply.core.migrate`."""
+        return core.migrate(
+            self.namespace,
+            plan,
+            to,
+            layout=layout,
+            adopt=adopt,
+            journal=self.journal,
+            fingerprint=fingerprint,
+            proof=proof,
+            reason=reason,
         )
 
     def rollback(self, back: int = 1, *, reason: str = "") -> Result:

@@ -23,12 +23,12 @@ from netapply.existing import existing_flows, treated_otherwise
 from netapply.features import degrade
 from netapply.journal import Entry, Files, Journal, State
 from netapply.namespace import Namespace
-from netapply.ownership import NOTHING, Adopted, Adoption, ownership
+from netapply.ownership import NOTHING, PREFIXES, Adopted, Adoption, ownership
 from netapply.plan import CapturePlan
 from netapply.remembered import remembered
 from netapply.results import Change, Detection, Diff, Live, Result, RuleCounter
 from netapply.ruleset import Routing, Ruleset
-from netapply.transaction import Transaction
+from netapply.transaction import Outcome, Transaction
 from netapply.values import NamedTuple
 
 NOWHERE = State(None, Routing())
@@ -113,6 +113,8 @@ def apply(
     fingerprint: str = "",
     count_flows: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
+    proof: Callable[[], None] | None = None,
+    flush: bool = False,
     reason: str = "",
 ) -> Result:
     """Make the namespace hold `plan`: all of it, or, when anything fails, what was there before.
@@ -120,7 +122,10 @@ def apply(
     `backend` is a name or "auto", which keeps to the dialect that holds our rules already. `fingerprint` names the
     plan in the journal. `adopt` says what else is taken over, where chains of the layout's names or policy rules of
     others stand already: rules and routing that another program left. `count_flows` counts open connections that would
-    be treated otherwise. `cancelled` is asked between steps. `reason` is for the history. Raises NetapplyError:
+    be treated otherwise. `cancelled` is asked between steps. `proof` is called when all stands, and raises where
+    connections do not go where they should (`netapply.canary`): then it is undone. `flush` has connection tracking
+    forget the flows that would be treated otherwise (`netapply.conntrack`). `reason` is for the history. Raises
+    NetapplyError:
     ConflictError, UnsupportedError and LockError with nothing touched, ApplyError after a roll-back.
     """
     begun = time.perf_counter()
@@ -132,7 +137,7 @@ def apply(
         if adopt is not None and (chosen.detect(namespace, owned) or routing.of_others(namespace)):
             adopted = adopt()
         fixed = (namespace, session, plan, layout, fingerprint, adopted)
-        attempt = partial(_attempt, *fixed, count_flows=count_flows, cancelled=cancelled)
+        attempt = partial(_attempt, *fixed, count_flows=count_flows, cancelled=cancelled, proof=proof, flush=flush)
         try:
             done = attempt(chosen, lacking(namespace, chosen, plan))
         except ApplyError as error:
@@ -154,14 +159,18 @@ def _attempt(
     *,
     count_flows: bool,
     cancelled: Callable[[], bool],
+    proof: Callable[[], None] | None,
+    flush: bool = False,
 ) -> Result:
     """Apply by this backend, without what is missing."""
     desired, effective, degraded = compiled(namespace, plan, backend, missing, layout)
     known = session.entry.created if session.entry else Routing()
     entry = Entry(True, backend.name, NOWHERE, desired, known, layout, fingerprint)
     owned = _owned(session.entry, layout, desired.ruleset, adopted)
-    transaction = Transaction(namespace, backend, owned, session.files, cancelled, adopted.routing)
+    transaction = Transaction(namespace, backend, owned, session.files, cancelled, adopted.routing, proof)
     outcome = transaction.run(entry, session.entry)
+    if proof is not None and not outcome.steps:
+        proof()  # nothing to undo
     said = session.entry
     if not outcome.steps and session.files and (said is None or said.pending or said.fingerprint != fingerprint):
         session.files.settle(entry._replace(before=desired, created=outcome.created))
@@ -174,10 +183,20 @@ def _attempt(
         "",
         outcome.steps,
         session.degraded + degraded,
-        session.notes,
+        session.notes + (_flushed(namespace, outcome, desired.ruleset) if flush and outcome.steps else ()),
         ipv6=effective.ipv6,
         existing_flows=flows,
     )
+
+
+def _flushed(namespace: Namespace, outcome: Outcome, after: Ruleset | None) -> tuple[str, ...]:
+    """Said, and no error: the plan stands."""
+    from netapply.conntrack import forget_changed  # few ask for it
+
+    try:
+        return (f"connection tracking forgot {forget_changed(namespace, outcome.before, after)} flows",)
+    except KernelError as error:
+        return (f"flows that were there stay as they were ({error})",)
 
 
 def _instead(
@@ -264,14 +283,91 @@ def clean(
     return done._replace(duration=time.perf_counter() - begun)
 
 
-def rollback(namespace: Namespace, back: int = 1, *, journal: Journal | None = None, reason: str = "") -> Result:
+def migrate(
+    namespace: Namespace,
+    plan: CapturePlan,
+    to: str,
+    *,
+    layout: str = "netapply",
+    adopt: Adoption | None = None,
+    journal: Journal | None = None,
+    fingerprint: str = "",
+    proof: Callable[[], None] | None = None,
+    reason: str = "",
+) -> Result:
+    """Make the namespace hold `plan` in the dialect of backend `to`, and nothing of ours in another.
+
+    Every flow is captured once all the while: see `netapply.migration`. `proof` is called once while both dialects
+    stand and once at the end, and raises NetapplyError where connections do not go where they should. With `adopt`,
+    what another program left in any layout that we know of is left behind too. Where nothing of ours stands, or only
+    in this dialect, it is an apply. Raises as `apply` does; after ApplyError the old dialect holds what it held.
+    """
+    begun = time.perf_counter()
+    refuse_waiting(plan)
+    coming = find_backend(to)
+    with _session(namespace, journal or Journal(), "migrate", reason) as session:
+        adopted = adopt() if adopt is not None else NOTHING
+        found = probe(namespace, coming)
+        if found.status != "usable":
+            raise UnsupportedError(f"{to} is {found.status} here: {found.reason}", next_step="netapply detect")
+        desired, effective, degraded = compiled(namespace, plan, coming, found.missing, layout)
+        owned = _owned(session.entry, layout, desired.ruleset, adopted)
+        if adopt is not None:
+            owned = owned._replace(prefixes=PREFIXES)
+        held, unseen = holding_ours(namespace, owned, (*_also(session.entry), to))
+        if len(set(held)) > 1:
+            raise ConflictError(
+                f"rules of ours stand in {len(held)} dialects at once: {', '.join(held)}",
+                dialects=held,
+                next_step="`netapply clean --backend NAME` removes them from one; then migrate",
+            )
+        if not held or held[0] == to:
+            done = _attempt(
+                namespace,
+                session,
+                plan,
+                layout,
+                fingerprint,
+                adopted,
+                coming,
+                found.missing,
+                count_flows=False,
+                cancelled=lambda: False,
+                proof=proof,
+            )
+            why = "holds our rules already" if held else "nothing of ours was here yet"
+        else:
+            from netapply.migration import Migration  # apply does without
+
+            known = session.entry.created if session.entry else Routing()
+            entry = Entry(True, to, NOWHERE, desired, known, layout, fingerprint)
+            outcome = Migration(namespace, find_backend(held[0]), coming, owned, session.files).run(
+                entry, adopted.routing, proof
+            )
+            why = f"from {held[0]}"
+            done = Result(True, to, why, outcome.steps, session.degraded + degraded, session.notes, ipv6=effective.ipv6)
+        done = session.told(done, layout, fingerprint)
+    return done._replace(reason=why, degraded=unseen + done.degraded, duration=time.perf_counter() - begun)
+
+
+def rollback(
+    namespace: Namespace,
+    back: int = 1,
+    *,
+    journal: Journal | None = None,
+    state: int | None = None,
+    reason: str = "",
+) -> Result:
     """Bring back the state that stood `back` states ago, as the journal has it; that is a change like any other.
 
-    Before the first state there was nothing of ours. Raises NetapplyError, ConflictError and LockError with nothing
-    touched, ApplyError after a roll-back.
+    Before the first state there was nothing of ours. `state`, if given, is the number of the one that has to stand;
+    where another does, ConflictError. Raises NetapplyError, ConflictError and LockError with nothing touched,
+    ApplyError after a roll-back.
     """
     begun = time.perf_counter()
     with _session(namespace, journal or Journal(), "rollback", reason) as session:
+        if state is not None and session.files is not None and session.files.number != state:
+            raise ConflictError(f"state {session.files.number} stands, and not {state}")
         past = recovery.past(session.files, session.entry, back)
         owned = _owned(session.entry, past.layout, past.desired.ruleset)
         held, unseen = holding_ours(namespace, owned, _also(session.entry))

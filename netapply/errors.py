@@ -126,6 +126,8 @@ class ApplyError(NetapplyError):
         state = "the namespace is as it was" if restored else "the namespace could NOT be restored"
         undo = f"; the roll-back failed too: {rollback}" if rollback else ""
         super().__init__(f"{step}: {cause}; {state}{undo}", next_step=getattr(cause, "next_step", ""))
+        #: The cause's: whoever looks for a failed validation finds it, rolled back or not.
+        self.exit_code = getattr(cause, "exit_code", 1)
         self.step = step
         self.restored = restored
         self.rollback = rollback

@@ -8,8 +8,9 @@ from __future__ import annotations
 import struct
 
 from netapply.evaluate import evaluate
-from netapply.flow import TCP, Flow
+from netapply.flow import TCP, UDP, Flow
 from netapply.kernel import NETLINK_SOCK_DIAG, Kernel
+from netapply.rtnetlink import local_addresses
 from netapply.ruleset import Ruleset
 
 # linux/sock_diag.h, linux/inet_diag.h
@@ -17,6 +18,7 @@ _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
 _NLMSG_DONE, _NLMSG_ERROR = 3, 2
 _ESTABLISHED, _LISTEN = 1, 10  # net/tcp_states.h
+_ANY = 0xFFF  # every state but that of a connection to come
 _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2: family, protocol, extensions, states, (socket id)
 _MESSAGE = struct.Struct("=BBxx2s2s16s16s4x8x12xI4x")  # struct inet_diag_msg: …, ports, addresses, …, uid, inode
@@ -48,6 +50,17 @@ def existing_flows(kernel: Kernel) -> tuple[Flow, ...]:
     return tuple(flows)
 
 
+def socket_owners(kernel: Kernel) -> tuple[dict[tuple[int, int], int], frozenset[bytes]]:
+    """The uid of each TCP and UDP socket by protocol and local port, and the addresses of the namespace."""
+    owners: dict[tuple[int, int], int] = {}
+    for family, size in _FAMILIES.items():
+        for protocol in (TCP, UDP):
+            for state, sport, _, _, _, uid in _sockets(kernel, family, size, protocol, _ANY):
+                if state != _LISTEN:
+                    owners[protocol, sport] = uid
+    return owners, frozenset(local_addresses(kernel))
+
+
 def _in_use(kernel: Kernel, family: int) -> bool:
     """Whether the namespace has TCP sockets of this family, as its own count says (net/ipv4/proc.c).
 
@@ -68,8 +81,10 @@ def treated_otherwise(flows: tuple[Flow, ...], before: Ruleset | None, after: Ru
     return sum(not evaluate(old, flow).decision.same_as(evaluate(new, flow).decision) for flow in flows)
 
 
-def _sockets(kernel: Kernel, family: int, size: int) -> list[tuple[int, int, int, bytes, bytes, int]]:
-    body = _REQUEST.pack(family, TCP, 0, 1 << _ESTABLISHED | 1 << _LISTEN)
+def _sockets(
+    kernel: Kernel, family: int, size: int, protocol: int = TCP, states: int = 1 << _ESTABLISHED | 1 << _LISTEN
+) -> list[tuple[int, int, int, bytes, bytes, int]]:
+    body = _REQUEST.pack(family, protocol, 0, states)
     header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
     found: list[tuple[int, int, int, bytes, bytes, int]] = []
     for data in kernel.netlink(NETLINK_SOCK_DIAG, header + body):

@@ -36,7 +36,7 @@ class Event(NamedTuple):
     namespace: str
     #: What the namespace was called on the command line; "" for the caller's own.
     name: str
-    #: What was done: apply, clean, rollback or recover.
+    #: What was done: apply, migrate, clean, rollback or recover.
     operation: str
     #: "done", "unchanged", "failed, as it was", "failed, NOT restored", or what recover said.
     result: str

@@ -62,6 +62,8 @@ class Entry(NamedTuple):
     fingerprint: str = ""
     #: Which of the namespace's states `desired` is: each that is another than the one before is numbered.
     number: int = 0
+    #: The backend whose rules are taken down by the run, where it brings ours to another dialect; `before` is its.
+    leaving: str = ""
 
 
 class _Written(NamedTuple):
@@ -378,10 +380,12 @@ def _boot() -> str:
 
 
 def _encode(entry: Entry) -> bytes:
-    _, backend, before, desired, created, layout, fingerprint, number = entry
+    _, backend, before, desired, created, layout, fingerprint, number, leaving = entry
     head = _head(backend, layout, fingerprint, created)
-    states = f'"before":{_state_text(before)},"desired":{_state_text(desired)}'
-    text = f'{head},{states},"number":{number},"pid":{os.getpid()},"time":{time.time():.3f}}}'.encode()
+    states = f'"before":{_state_text(before)},"desired":{_state_text(desired)},"number":{number}'
+    if leaving:
+        states += f',"leaving":{_json.encode(leaving)}'
+    text = f'{head},{states},"pid":{os.getpid()},"time":{time.time():.3f}}}'.encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
@@ -425,6 +429,7 @@ def _decode(data: bytes, name: str, *, pending: bool) -> Entry | None:
             body["layout"],
             body["fingerprint"],
             body.get("number", 0),
+            body.get("leaving", ""),
         )
     except (ValueError, KeyError, TypeError, DecodeError) as error:
         raise JournalError(f"journal {name} cannot be trusted: {error}") from error

@@ -25,7 +25,7 @@ def recover(namespace: Namespace, *, journal: Journal | None = None) -> Result:
         entry = _load(files)
         if entry is None or not entry.pending:
             return Result(False, entry.backend if entry else "", "nothing was interrupted here")
-        said = _transaction(namespace, entry, files).restore(entry)
+        said = _restore(namespace, entry, files)
         event = history.event_of(namespace, "recover", "")
         told = history.record(files, event._replace(result=said, backend=entry.backend, state=files.number))
     finally:
@@ -43,7 +43,7 @@ def resolve(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[str
     if entry is None or not entry.pending:
         return entry, ()
     try:
-        said = _transaction(namespace, entry, files).restore(entry)
+        said = _restore(namespace, entry, files)
     except NetapplyError as error:
         # Whoever comes next brings the namespace to a state of its own, from wherever it is.
         return entry, (f"an interrupted run could not be undone ({error})",)
@@ -81,6 +81,10 @@ def _load(files: Files) -> Entry | None:
         ) from error
 
 
-def _transaction(namespace: Namespace, entry: Entry, files: Files) -> Transaction:
+def _restore(namespace: Namespace, entry: Entry, files: Files) -> str:
+    if entry.leaving:
+        from netapply import migration  # is seldom interrupted
+
+        return migration.restore(namespace, entry, files)
     owned = ownership("netapply", (entry.before.ruleset, entry.desired.ruleset), NOTHING)
-    return Transaction(namespace, find_backend(entry.backend), owned, files)
+    return Transaction(namespace, find_backend(entry.backend), owned, files).restore(entry)

@@ -214,6 +214,8 @@ class FakeCapture:
         adopt: Adoption | None = None,  # noqa: ARG002 - the signature of Capture; nobody else has been here
         fingerprint: str = "",  # noqa: ARG002 - the signature of Capture.apply; it is for the journal's reader alone
         cancelled: Callable[[], bool] = lambda: False,
+        proof: Callable[[], None] | None = None,
+        flush: bool = False,  # noqa: ARG002 - the signature of Capture.apply; nothing is tracked here
         reason: str = "",  # noqa: ARG002 - the signature of Capture.apply; it is for the history's reader alone
     ) -> Result:
         """As `Capture.apply`. Raises UnsupportedError, ConflictError; ApplyError when cancelled or told to fail."""
@@ -223,7 +225,7 @@ class FakeCapture:
             chosen, why = self._choose(backend)
             desired, effective, degraded = self._compiled(plan, chosen, layout)
             before = self.namespace.rulesets.get(chosen.name)
-            steps = self._commit("apply", chosen, desired, cancelled)
+            steps = self._commit("apply", chosen, desired, cancelled, proof)
             self.namespace.stands(chosen.name, desired)
         flows = treated_otherwise(self.namespace.flows, before, desired.ruleset)
         duration = time.perf_counter() - begun
@@ -265,6 +267,43 @@ class FakeCapture:
             self.namespace.past.clear()
         why = "held our rules" if held else "nothing of ours was found in any dialect"
         return Result(bool(steps), ", ".join(held), why, steps, duration=time.perf_counter() - begun)
+
+    def migrate(
+        self,
+        plan: CapturePlan,
+        to: str,
+        *,
+        layout: str = "netapply",
+        adopt: Adoption | None = None,  # noqa: ARG002 - the signature of Capture; nobody else has been here
+        fingerprint: str = "",  # noqa: ARG002 - the signature of Capture.migrate; it is for the journal's reader alone
+        proof: Callable[[], None] | None = None,
+        reason: str = "",  # noqa: ARG002 - the signature of Capture.migrate; it is for the history's reader alone
+    ) -> Result:
+        """As `Capture.migrate`. Raises as `apply` does."""
+        begun = time.perf_counter()
+        refuse_waiting(plan)
+        with self._turn():
+            coming, others = find_backend(to), [name for name in self._held() if name != to]
+            if len(self._held()) > 1:
+                raise ConflictError(f"rules of ours stand in {len(self._held())} dialects at once")
+            desired, effective, degraded = self._compiled(plan, coming, layout)
+            steps = self._commit("apply", coming, desired, proof=proof)
+            for name in others:
+                self.namespace.put(name, None)
+            self.namespace.stands(to, desired)
+        duration = time.perf_counter() - begun
+        return Result(
+            bool(steps),
+            to,
+            f"from {others[0]}" if others else "",
+            steps,
+            degraded,
+            (),
+            True,
+            effective.ipv6,
+            None,
+            duration,
+        )
 
     def rollback(
         self,
@@ -418,8 +457,9 @@ class FakeCapture:
         backend: Backend,
         desired: State,
         cancelled: Callable[[], bool] = lambda: False,
+        proof: Callable[[], None] | None = None,
     ) -> tuple[str, ...]:
-        """The names of the steps; all of them, or none and ApplyError."""
+        """The names of the steps; all of them, or none and ApplyError. `proof` is asked before anything stands."""
         work = self._work(backend, desired)
         steps = work.steps()
         for step in (*steps, "commit the journal") if steps else ():
@@ -429,6 +469,8 @@ class FakeCapture:
         if steps:
             try:
                 self.kernel.raise_planned(operation)
+                if proof is not None:
+                    proof()
             except ApplyError:
                 raise
             except Exception as error:

@@ -53,6 +53,7 @@ class Transaction:
         files: Files | None,
         cancelled: Callable[[], bool] = lambda: False,
         adopted: Routing = routing.NOTHING,
+        proof: Callable[[], None] | None = None,
     ) -> None:
         self._namespace = namespace
         self._backend = backend
@@ -65,6 +66,8 @@ class Transaction:
         self._rules_alone = False
         #: Asked before each step of the way forward; the way back is never cancelled.
         self._cancelled = cancelled
+        #: Asked when all stands, before it counts: raises where connections do not go where they should.
+        self._proof = proof
         self._step = "read what is there"
         self._done: list[str] = []
 
@@ -91,6 +94,9 @@ class Transaction:
         try:
             created = self._converge(entry.desired, entry.created, (snapshot, standing))
             self._prove(entry.desired, created)
+            if self._proof is not None:
+                self._step = "prove that connections are captured"
+                self._proof()
             self._step = "commit the journal"
             if self._cancelled():  # the last moment at which going back is not a second change
                 raise CancelledError("cancelled")
@@ -104,6 +110,24 @@ class Transaction:
             self._undo(Start(before, snapshot, standing), known, undone, error)
             raise
         return Outcome(tuple(self._done), created, before.ruleset)
+
+    @property
+    def done(self) -> tuple[str, ...]:
+        """What was done, by name."""
+        return tuple(self._done)
+
+    def bring(self, state: State, record: Routing) -> Routing:
+        """Bring the namespace to `state`, read it back, and return the routing that is ours then.
+
+        A part of something larger: without a journal, and the caller undoes it.
+        """
+        created = self._converge(state, record)
+        self._prove(state, created)
+        return created
+
+    def holds(self, state: State, record: Routing) -> bool:
+        """Whether `state` stands."""
+        return not self._differs(state, record)
 
     def _shows_halfway(self, steps: Sequence[Step]) -> bool:
         """Whether a run that dies may leave what is neither before nor after, or what only the journal knows as ours.

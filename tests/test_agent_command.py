@@ -227,12 +227,12 @@ def test_the_namespace_that_the_command_runs_in_goes_along_as_a_descriptor(runni
 
 def test_without_an_agent_the_commands_work_alone_or_say_what_they_need(there: Running, netns: Netns) -> None:
     assert there.run("apply", "-N", netns.path, str(there.plan)).returncode == 0
-    for words in (("status",), ("watch",), ("top",), ("confirm", "-N", netns.path)):
+    for words in (("status",), ("watch",), ("top",)):
         done = there.run(*words)
         assert done.returncode == 1
         assert "next: start it: netapply agent" in done.stderr
-    done = there.run("apply", "--confirm", "5", "-N", netns.path, str(there.plan))
-    assert (done.returncode, "needs the agent" in done.stderr) == (1, True)
+    done = there.run("confirm", "-N", netns.path)
+    assert (done.returncode, "nothing is on trial" in done.stderr) == (1, True)
 
 
 def test_a_socket_that_a_killed_agent_left_is_no_agent(running: Running, netns: Netns) -> None:

@@ -1,6 +1,7 @@
 """The command. `main` parses, runs one command, prints its outcome or its error, and returns the exit code.
 
-Exit codes: 0 done; 1 error, bad input included; 2 `diff` found changes; 3 `verify` found drift.
+Exit codes: 0 done; 1 error, bad input included; 2 `diff` found changes; 3 `verify` found drift; 126 a connection
+did not go where the plan says (`--probe`).
 """
 
 from __future__ import annotations

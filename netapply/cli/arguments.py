@@ -14,6 +14,7 @@ SUMMARY = {
     "clean": "remove all that is ours, in every dialect, without a plan",
     "recover": "finish or undo what a killed run left, as any other command does first",
     "rollback": "bring back the state before the last change, or an earlier one",
+    "migrate": "from one dialect to another under traffic, each flow captured once all the while; back on any failure",
     "history": "who changed what, when and why, with the result; of one namespace or of all",
     "render": "print the rules as iptables-save or nft would; touches nothing",
     "diff": "what apply would change in the live kernel (exit 0 nothing, 2 changes)",
@@ -29,6 +30,7 @@ SUMMARY = {
     "watch": "what the agent does, as it happens: drift, who caused it, how soon it was healed",
     "top": "live counters of what the plans decide",
     "confirm": "keep what apply --confirm put on trial",
+    "extend": "give what apply --confirm put on trial more time, from now on; without the agent",
     "demo": "send real packets through a plan in throwaway namespaces, in each dialect",
     "conform": "does a backend mean what the plan says: the conformance suite, by packets in throwaway namespaces",
     "install-unit": "write the agent's units for systemd; says what to run then, and starts nothing",
@@ -65,6 +67,7 @@ def build_parser(*, lean: bool = False) -> argparse.ArgumentParser:
 
     for name, describe in words.COMMANDS.items():
         describe(_command(commands, name))
+    _migrate(_command(commands, "migrate"))
     _explain(_command(commands, "explain"))
     detect = _command(commands, "detect")
     words.namespace(detect)
@@ -74,6 +77,9 @@ def build_parser(*, lean: bool = False) -> argparse.ArgumentParser:
     for name in ("status", "watch", "top"):
         _looks(_command(commands, name))
     words.namespace(_command(commands, "confirm"))
+    extend = _command(commands, "extend")
+    extend.add_argument("seconds", type=words.seconds, metavar="SECONDS")
+    words.namespace(extend)
     _imports(commands.add_parser("import", help=SUMMARY["import"], description=SUMMARY["import"]))
     demo = _command(commands, "demo")
     demo.add_argument("--backend", action="append", choices=BACKENDS[1:], help="only this dialect; may be repeated")
@@ -153,6 +159,17 @@ def _install(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--print", action="store_true", dest="only_print", help="print the files, and write none")
     what.add_argument("--remove", action="store_true", help="remove what was written")
+
+
+def _migrate(parser: argparse.ArgumentParser) -> None:
+    words.plan(parser)
+    parser.add_argument("--to", required=True, metavar="NAME", help=f"{', '.join(BACKENDS[1:])}, or another's")
+    parser.add_argument("--adopt", action="store_true", help="leave what Istio's own commands left behind as well")
+    parser.add_argument("--no-probe", action="store_true", help="without canary connections on the way")
+    words.layout(parser)
+    words.namespace(parser)
+    words.alone(parser)
+    words.reason(parser)
 
 
 def _looks(parser: argparse.ArgumentParser) -> None:

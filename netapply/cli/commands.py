@@ -13,7 +13,10 @@ from netapply.errors import NetapplyError
 from netapply.results import Diff
 
 if TYPE_CHECKING:
+    from netapply.canary import Canary
     from netapply.cli.client import Client
+    from netapply.plan import CapturePlan
+    from netapply.trial import Trial, Waiter
 
 CHANGES, DRIFT = 2, 3
 
@@ -36,26 +39,71 @@ def apply(arguments: Arguments, printer: Printer) -> int:
     loaded = examine_plan(read_source(arguments.plan), format=format_of(arguments.plan), source=arguments.plan)
     plan, warnings = loaded.plan, lint(*loaded)
     agent = _agent(arguments)
+    canaries: list[Canary] = []
     if agent is not None:
         from netapply.cli import delegation
 
+        delegation.refuse_extras(arguments)
         result = delegation.apply(agent, arguments, plan)
-    elif arguments.confirm:
-        raise _nobody("nobody would go back: apply --confirm needs the agent, which does not run")
     else:
         mark = fingerprint(plan)
+        waiter = _waiter(arguments) if arguments.confirm else None
         with open_named(arguments) as capture:
             result = capture.apply(
-                plan, backend=arguments.backend, layout=arguments.layout, fingerprint=mark, reason=arguments.reason
+                plan,
+                backend=arguments.backend,
+                layout=arguments.layout,
+                fingerprint=mark,
+                proof=_proof(capture, plan, canaries) if arguments.probe else None,
+                flush=arguments.flush_conntrack,
+                reason=arguments.reason,
             )
+            if waiter is not None:
+                said = _on_trial(waiter.wait(capture, arguments.confirm), arguments)
+                result = result._replace(notes=(*result.notes, said))
     if printer.json:
-        printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings]})
+        told = {"canaries": _told(canaries)} if arguments.probe else {}
+        printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings], **told})
         return 0
     if not arguments.quiet:
         print_result(result, printer)
+        _print_canaries(canaries, printer)
     for warning in warnings:
         printer.note(f"warning: {warning.path}: {warning.message}; {warning.advice}")
     return 0
+
+
+def _waiter(arguments: Arguments) -> Waiter:
+    from netapply.trial import start
+
+    return start(lambda: open_named(arguments))
+
+
+def _on_trial(trial: Trial | None, arguments: Arguments) -> str:
+    if trial is None:
+        return "nothing is on trial: the state that stands is the one that stood before"
+    where = f" -N {arguments.netns}" if arguments.netns else " --host" if arguments.host else ""
+    return f"on trial for {arguments.confirm:g} s: it goes back unless `netapply confirm{where}` comes"
+
+
+def _proof(capture: Capture, plan: CapturePlan, sent: list[Canary]) -> Callable[[], None]:
+    """Canary connections that the plan decides about; `sent` has the last of them."""
+
+    def send() -> None:
+        from netapply.canary import prove
+
+        sent[:] = prove(capture.namespace, plan)
+
+    return send
+
+
+def _told(canaries: list[Canary]) -> list[dict[str, object]]:
+    return [{**each._asdict(), "expected": each.expected._asdict(), "right": each.right} for each in canaries]
+
+
+def _print_canaries(canaries: list[Canary], printer: Printer) -> None:
+    for each in canaries:
+        printer.line(f"probe {each}")
 
 
 def clean(arguments: Arguments, printer: Printer) -> int:
@@ -77,12 +125,17 @@ def clean(arguments: Arguments, printer: Printer) -> int:
 
 def confirm(arguments: Arguments, printer: Printer) -> int:
     """Keep what is on trial."""
-    agent = _agent(arguments)
-    if agent is None:
-        raise _nobody("nothing is on trial: the agent does not run")
-    from netapply.cli import delegation
+    from netapply import trial
 
-    delegation.confirm(agent, arguments)
+    with open_named(arguments) as capture:
+        confirmed = trial.confirm(capture)
+    if not confirmed:
+        agent = _agent(arguments)
+        if agent is None:
+            raise trial.nothing_is_on_trial()
+        from netapply.cli import delegation
+
+        delegation.confirm(agent, arguments)
     if printer.json:
         printer.document("confirm", {})
     else:
@@ -90,8 +143,18 @@ def confirm(arguments: Arguments, printer: Printer) -> int:
     return 0
 
 
-def _nobody(message: str) -> NetapplyError:
-    return NetapplyError(message, next_step="start it: netapply agent")
+def extend(arguments: Arguments, printer: Printer) -> int:
+    """Give what is on trial more time."""
+    from netapply import trial
+
+    with open_named(arguments) as capture:
+        if not trial.extend(capture, arguments.seconds):
+            raise trial.nothing_is_on_trial()
+    if printer.json:
+        printer.document("extend", {"seconds": arguments.seconds})
+    else:
+        printer.line(f"on trial for {arguments.seconds:g} s from now")
+    return 0
 
 
 def _agent(arguments: Arguments) -> Client | None:
@@ -115,6 +178,39 @@ def recover(arguments: Arguments, printer: Printer) -> int:
         printer.document("recover", result._asdict())
     else:
         print_result(result, printer)
+    return 0
+
+
+def migrate(arguments: Arguments, printer: Printer) -> int:
+    """Bring ours to another dialect."""
+    from netapply.planfile import fingerprint, read_plan
+
+    plan, agent = read_plan(arguments.plan), _agent(arguments)
+    canaries: list[Canary] = []
+    if agent is not None:
+        from netapply.cli import delegation
+
+        delegation.refuse(agent, arguments)
+    with open_named(arguments) as capture:
+        adopt = None
+        if arguments.adopt:
+            from netapply.dropin.run import whatever_istio_left
+
+            adopt = whatever_istio_left(capture)
+        result = capture.migrate(
+            plan,
+            arguments.to,
+            layout=arguments.layout,
+            adopt=adopt,
+            fingerprint=fingerprint(plan),
+            proof=None if arguments.no_probe else _proof(capture, plan, canaries),
+            reason=arguments.reason,
+        )
+    if printer.json:
+        printer.document("migrate", {**result._asdict(), "canaries": _told(canaries)})
+    else:
+        print_result(result, printer)
+        _print_canaries(canaries, printer)
     return 0
 
 
@@ -172,6 +268,9 @@ def verify(arguments: Arguments, printer: Printer) -> int:
     from netapply.planfile import read_plan
 
     plan = read_plan(arguments.plan) if arguments.plan else None
+    if arguments.probe and plan is None:
+        raise NetapplyError("only a plan says where connections should go", next_step="netapply verify PLAN --probe")
+    canaries: list[Canary] = []
     with open_named(arguments) as capture:
         found = capture.verify(plan, backend=arguments.backend, layout=arguments.layout)
         if arguments.deep:
@@ -180,17 +279,22 @@ def verify(arguments: Arguments, printer: Printer) -> int:
 
             deep = deep_changes(capture.namespace, found.backend, ownership(arguments.layout))
             found = found._replace(changes=found.changes + deep)
-    _print_diff("verify", found, printer, f"holds, in {found.backend}")
+        if plan is not None and arguments.probe and found.same:
+            _proof(capture, plan, canaries)()
+    _print_diff("verify", found, printer, f"holds, in {found.backend}", canaries if arguments.probe else None)
     return 0 if found.same else DRIFT
 
 
-def _print_diff(command: str, found: Diff, printer: Printer, good: str) -> None:
+def _print_diff(command: str, found: Diff, printer: Printer, good: str, canaries: list[Canary] | None = None) -> None:
     if printer.json:
-        body = {"backend": found.backend, "reason": found.reason, "same": found.same}
+        body: dict[str, object] = {"backend": found.backend, "reason": found.reason, "same": found.same}
+        if canaries is not None:
+            body["canaries"] = _told(canaries)
         printer.document(command, {**body, "changes": [change._asdict() for change in found.changes]})
         return
     if found.same:
         printer.line(printer.paint(good, "green"))
+    _print_canaries(canaries or [], printer)
     where = ""
     for change in found.changes:
         if change.where != where:
@@ -351,6 +455,7 @@ COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "clean": clean,
     "recover": recover,
     "rollback": rollback,
+    "migrate": migrate,
     "history": history,
     "render": render,
     "diff": diff,
@@ -365,6 +470,7 @@ COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "watch": watch,
     "top": top,
     "confirm": confirm,
+    "extend": extend,
     "demo": demo,
     "conform": conform,
     "install-unit": install_unit,

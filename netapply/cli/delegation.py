@@ -73,6 +73,19 @@ def refuse(agent: client.Client, arguments: Arguments) -> None:
             )
 
 
+def refuse_extras(arguments: Arguments) -> None:
+    """Raise NetapplyError for what the agent does not do."""
+    if arguments.probe:
+        raise NetapplyError(
+            "the agent does not send canary connections",
+            next_step="netapply apply PLAN, and then netapply verify PLAN --probe; or --alone, if you mean it",
+        )
+    if arguments.flush_conntrack:
+        raise NetapplyError(
+            "the agent does not have connection tracking forget flows", next_step="--alone, if you mean it"
+        )
+
+
 def confirm(agent: client.Client, arguments: Arguments) -> None:
     """Keep what was applied on trial. Raises NetapplyError."""
     with _named(arguments) as (name, fd):

@@ -39,15 +39,18 @@ def _apply(parser: Takes) -> None:
     parser.add_argument(
         "--confirm", type=seconds, default=0.0, metavar="SECONDS", help="go back unless netapply confirm comes in time"
     )
+    probe(parser)
+    how = "have connection tracking forget the flows that the plan treats otherwise than what stood before"
+    parser.add_argument("--flush-conntrack", action="store_true", help=how)
     alone(parser)
-    _reason(parser)
+    reason(parser)
 
 
 def _clean(parser: Takes) -> None:
     namespace(parser)
     backend(parser)
     alone(parser)
-    _reason(parser)
+    reason(parser)
 
 
 def _rollback(parser: Takes) -> None:
@@ -55,14 +58,15 @@ def _rollback(parser: Takes) -> None:
     alone(parser)
     how = "how many states to go back; default 1"
     parser.add_argument("back", nargs="?", type=states, default=1, metavar="N", help=how)
-    _reason(parser)
+    reason(parser)
 
 
 def _history(parser: Takes) -> None:
     namespace(parser)
 
 
-def _reason(parser: Takes) -> None:
+def reason(parser: Takes) -> None:
+    """What the history is to say."""
     parser.add_argument("--reason", default="", metavar="TEXT", help="why, for the history")
 
 
@@ -86,6 +90,7 @@ def _verify(parser: Takes) -> None:
     parser.add_argument("plan", nargs="?", metavar="PLAN", help="a plan file; without one, what was last applied")
     backend(parser)
     parser.add_argument("--deep", action="store_true", help="also read back through libnftables, a reader not ours")
+    probe(parser)
 
 
 def _show(parser: Takes) -> None:
@@ -125,6 +130,12 @@ def namespace(parser: Takes) -> None:
     parser.add_argument("--host", action="store_true", help="allow the machine's own namespace")
     parser.add_argument("--lock-timeout", type=seconds, default=10.0, metavar="SECONDS", help="default 10")
     parser.add_argument("--state-dir", metavar="DIR", help="where the journal is; default /run/netapply")
+
+
+def probe(parser: Takes) -> None:
+    """Canary connections."""
+    how = "send a connection of each kind, and say who answered; exit 126 where one goes elsewhere than the plan says"
+    parser.add_argument("--probe", action="store_true", help=how)
 
 
 def alone(parser: Takes) -> None:

@@ -95,11 +95,16 @@ def _without_routing(adopt: Adoption) -> Adopted:
 
 def clean(capture: Capture, job: Job) -> Result:
     """Remove what any version of Istio or netapply left, in every dialect unless one was named."""
-    facts = without_kernel(job.settings)
+    return capture.clean(backend=job.backend, layout="istio", adopt=whatever_istio_left(capture, job.settings))
+
+
+def whatever_istio_left(capture: Capture, settings: IstioSettings | None = None) -> Adoption:
+    """Asked for what any version of Istio, with these settings or its own, left here."""
+    meant = settings or IstioSettings()
+    facts = without_kernel(meant)
     with suppress(NetapplyError):  # without resolv.conf, rules that name its servers are not recognised
-        facts = read_facts(capture.namespace, job.settings._replace(redirect_dns=True, capture_all_dns=False))
-    adopt = partial(istio_leftovers, job.settings, facts._replace(addresses=BOTH_FAMILIES))
-    return capture.clean(backend=job.backend, layout="istio", adopt=adopt)
+        facts = read_facts(capture.namespace, meant._replace(redirect_dns=True, capture_all_dns=False))
+    return partial(istio_leftovers, meant, facts._replace(addresses=BOTH_FAMILIES))
 
 
 def backend_of(capture: Capture, job: Job) -> tuple[Backend, str]:
