@@ -18,6 +18,12 @@ PYTHON = "/usr/bin/python3"
 analyze = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 
 
+@pytest.fixture(autouse=True)
+def installed_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests themselves may run from below /tmp, where a service would see nothing of them."""
+    monkeypatch.setattr(sys, "executable", PYTHON)
+
+
 @pytest.fixture
 def units(tmp_path: Path) -> Path:
     """All unit files, rendered for an interpreter that is there."""
