@@ -103,7 +103,6 @@ def _grace(stack: ExitStack, rounds: int) -> Spread:
     for _ in range(rounds):
         rested(time.perf_counter())
         idle = spot.inside(lambda: open_netlink(NETLINK_NETFILTER))
-        idle.bind((0, 0))  # one that was never bound, or used, is closed without a word to nf_tables
         floor.do("apply")
         floor.do("clean")
         times.append(clock(idle.close))
