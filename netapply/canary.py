@@ -81,6 +81,10 @@ def prove(namespace: Namespace, plan: CapturePlan) -> tuple[Canary, ...]:
     return sent
 
 
+_WITHOUT_TUN = "it takes /dev/net/tun and CAP_NET_ADMIN; from outside of the container there are both"
+_LO_IS_DOWN = "bring lo up in the namespace (ip link set lo up): nothing goes anywhere there, so nothing can be proven"
+
+
 def _send_all(plan: CapturePlan) -> tuple[Canary, ...]:
     try:
         with Tun() as tun:
@@ -89,7 +93,7 @@ def _send_all(plan: CapturePlan) -> tuple[Canary, ...]:
         raise KernelError(
             "put up a TUN device for canary connections",
             error.errno or 0,
-            next_step="it takes /dev/net/tun and CAP_NET_ADMIN; from outside of the container there are both",
+            next_step=_LO_IS_DOWN if error.errno == errno.ENETUNREACH else _WITHOUT_TUN,
         ) from error
 
 

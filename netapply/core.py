@@ -125,8 +125,7 @@ def apply(
     be treated otherwise. `cancelled` is asked between steps. `proof` is called when all stands, and raises where
     connections do not go where they should (`netapply.canary`): then it is undone. `flush` has connection tracking
     forget the flows that would be treated otherwise (`netapply.conntrack`). `reason` is for the history. Raises
-    NetapplyError:
-    ConflictError, UnsupportedError and LockError with nothing touched, ApplyError after a roll-back.
+    NetapplyError: ConflictError, UnsupportedError and LockError with nothing touched, ApplyError after a roll-back.
     """
     begun = time.perf_counter()
     refuse_waiting(plan)
