@@ -7,10 +7,12 @@ namespace, and after a restart of the machine, where the directory lasts that lo
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from netapply.errors import JournalError
 from netapply.journal import Files, Journal
@@ -121,8 +123,22 @@ def _read(directory: int, name: str) -> Iterator[Event]:
         raise JournalError(f"{name} cannot be read: {error.strerror}") from error
     with open(fd, "rb") as file:
         for line in file:
-            try:
-                event = Event._make(json.loads(line))
-            except (ValueError, TypeError):
-                continue  # torn, or of a version with other fields
-            yield event
+            event = _understood(line)
+            if event is not None:
+                yield event
+
+
+_EMPTY = Event(0.0, "", "", "", "")
+
+
+def _understood(line: bytes) -> Event | None:
+    """The event of a line; None where it was torn, or is of a version with other fields."""
+    try:
+        found: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, list) or len(found) != len(_EMPTY) or not isinstance(found[0], (int, float)):
+        return None
+    event = Event(float(found[0]), *found[1:])
+    same = all(type(value) is type(model) for value, model in zip(event[1:], _EMPTY[1:], strict=True))
+    return event if same and math.isfinite(event.time) else None

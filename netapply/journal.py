@@ -416,18 +416,15 @@ def _decode(data: bytes, name: str, *, pending: bool) -> Entry | None:
             raise ValueError(f"format {body['format']} is not ours")
         if body["boot"] != _boot():
             return None
-        return Entry(
-            pending,
-            body["backend"],
-            _state(body["before"]),
-            _state(body["desired"]),
-            routing_from_json(body["created"]),
-            body["layout"],
-            body["fingerprint"],
-            body.get("number", 0),
-        )
-    except (ValueError, KeyError, TypeError, DecodeError) as error:
+        backend, layout, fingerprint = words = [body[key] for key in ("backend", "layout", "fingerprint")]
+        number, created = body.get("number", 0), routing_from_json(body["created"])
+        if not all(isinstance(word, str) for word in words) or type(number) is not int or number < 0:
+            raise ValueError("a field of another type")
+        before, desired = _state(body["before"]), _state(body["desired"])
+        hash((before, desired, created))  # what is there in the place of a value, at whatever depth, is a list
+    except (ValueError, KeyError, TypeError, RecursionError, DecodeError) as error:
         raise JournalError(f"journal {name} cannot be trusted: {error}") from error
+    return Entry(pending, backend, before, desired, created, layout, fingerprint, number)
 
 
 def _state(raw: Any) -> State:

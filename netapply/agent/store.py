@@ -41,7 +41,7 @@ def load(directory: str) -> tuple[Kept, str]:
             raise ValueError(f"format {raw['format']}")
     except FileNotFoundError:
         return Kept(), ""
-    except (OSError, ValueError, KeyError, TypeError, NetapplyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, NetapplyError) as error:
         return Kept(), f"{directory}/{_NAME} cannot be used: {error}"
     files: list[PlanFile] = []
     asked: list[Asked] = []
