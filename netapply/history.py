@@ -18,6 +18,7 @@ from netapply.errors import JournalError
 from netapply.journal import Files, Journal
 from netapply.namespace import Namespace
 from netapply.nsfs import NamespaceId
+from netapply.paths import open_private_directory
 from netapply.values import NamedTuple
 
 FILE = "history"
@@ -102,7 +103,7 @@ def events(journal: Journal | None = None, namespace: str = "") -> tuple[Event, 
     """What is known, the oldest first; of one namespace, if `namespace` is its identity. Raises JournalError."""
     directory = (journal or Journal()).directory
     try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_private_directory(directory, create=False)
     except FileNotFoundError:
         return ()
     except OSError as error:

@@ -7,16 +7,15 @@ namespaces, and the file to an identity.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import select
-import stat
 import struct
 
 from netapply.errors import NamespaceError
+from netapply.paths import open_path
 from netapply.sockets import socket
-from netapply.syscalls import CLONE_NEWNET, filesystem_magic, open_without_links
+from netapply.syscalls import CLONE_NEWNET, filesystem_magic
 from netapply.values import NamedTuple
 
 #: The namespace of the calling thread, which setns(2) may have made another than the process's.
@@ -24,8 +23,7 @@ CURRENT = "/proc/thread-self/ns/net"
 #: Where ip-netns(8) keeps its names.
 NAMED = "/run/netns/"
 
-_NSFS_MAGIC, _PROC_MAGIC = 0x6E736673, 0x9FA0  # linux/magic.h
-_LINKS = 40  # as many as the kernel follows: MAXSYMLINKS of linux/namei.h
+_NSFS_MAGIC = 0x6E736673  # linux/magic.h
 _NS_GET_NSTYPE = 0xB703  # linux/nsfs.h, since Linux 4.11
 _NET_NS_INIT_INO = 0xEFFFFFF9  # linux/nsfs.h, since Linux 6.18
 _SO_NETNS_COOKIE = 71  # asm-generic/socket.h, since Linux 5.14
@@ -99,77 +97,13 @@ def _find(spec: str | int | None, label: str) -> Source:
         raise NamespaceError(f"{spec!r} cannot name a network namespace", next_step="leave the zero byte out")
     if "/" in spec:
         place = os.path.abspath(spec)
-        return Source(_open_path(place), label, place)
+        return Source(open_path(place, _OPEN), label, place)
     if not (spec and spec[0] in _FIRST and _OTHERS.issuperset(spec)):
         raise NamespaceError(
             f"{spec!r} cannot name a network namespace",
             next_step="use a name of letters, digits, dots, dashes and underscores, a path, pid:N or fd:N",
         )
-    return Source(_open_path(NAMED + spec), label, NAMED + spec)
-
-
-def _open_path(place: str) -> int:
-    """Open an absolute path, through no link that somebody else made: he could have it lead elsewhere. Raises OSError.
-
-    Links of root's and of our own are as good as the path itself: /var/run, and names that point to /proc/PID/ns/net.
-    """
-    try:
-        return open_without_links(place, _OPEN)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENOSYS, errno.EPERM):
-            raise
-    return _walk(place)
-
-
-def _walk(place: str) -> int:
-    """The same step by step, each from where the one before has arrived."""
-    parts = place.split("/")[::-1]
-    here = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    followed = 0
-    try:
-        while parts:
-            name = parts.pop() or "."
-            flags = os.O_PATH if any(parts) else _OPEN
-            try:
-                there = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
-            except OSError as error:
-                if error.errno != errno.ELOOP:
-                    raise
-                there = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
-            if not stat.S_ISLNK(os.fstat(there).st_mode):
-                os.close(here)
-                here = there
-                continue
-            followed += 1
-            try:
-                target = _target(there, name, followed)
-            finally:
-                os.close(there)
-            if target is None:
-                there = os.open(name, flags, dir_fd=here)
-            else:
-                there = os.open("/" if target.startswith("/") else ".", os.O_PATH | os.O_CLOEXEC, dir_fd=here)
-                parts += target.split("/")[::-1]
-            os.close(here)
-            here = there
-        return os.dup(here)
-    finally:
-        os.close(here)
-
-
-def _target(link: int, name: str, followed: int) -> str | None:
-    """Where a link leads; None for one of /proc, which may lead where no path does, and which only the kernel makes.
-
-    Raises OSError where it is not to be followed.
-    """
-    if followed > _LINKS:
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    if filesystem_magic(link) == _PROC_MAGIC:
-        return None
-    owner = os.fstat(link).st_uid
-    if owner not in (0, os.geteuid()):
-        raise OSError(errno.ELOOP, f"{name} is a link that user {owner} made")
-    return os.readlink("", dir_fd=link)
+    return Source(open_path(NAMED + spec, _OPEN), label, NAMED + spec)
 
 
 def _open_pid(pid: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from netapply import nsfs
+from netapply import paths
 from netapply.errors import NamespaceError
 from netapply.namespace import Namespace
 from tests.netns import Netns
@@ -30,7 +30,7 @@ def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(path: str, flags: int) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(nsfs, "open_without_links", refuse)
+    monkeypatch.setattr(paths, "open_without_links", refuse)
 
 
 @pytest.mark.usefixtures("_kernel")
