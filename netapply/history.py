@@ -7,7 +7,6 @@ namespace, and after a restart of the machine, where the directory lasts that lo
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -130,6 +129,7 @@ def _read(directory: int, name: str) -> Iterator[Event]:
 
 
 _EMPTY = Event(0.0, "", "", "", "")
+_LATEST = 1 << 40  # seconds since 1970
 
 
 def _understood(line: bytes) -> Event | None:
@@ -138,8 +138,10 @@ def _understood(line: bytes) -> Event | None:
         found: Any = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, list) or len(found) != len(_EMPTY) or not isinstance(found[0], (int, float)):
+    try:
+        event = Event._make(found) if line[:1] == b"[" else _EMPTY
+    except TypeError:
         return None
-    event = Event(float(found[0]), *found[1:])
     same = all(type(value) is type(model) for value, model in zip(event[1:], _EMPTY[1:], strict=True))
-    return event if same and math.isfinite(event.time) else None
+    is_time = type(event.time) in (int, float) and 0 < event.time < _LATEST  # neither NaN nor of 400 digits
+    return event if same and is_time else None

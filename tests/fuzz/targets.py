@@ -189,7 +189,7 @@ _JSON = (
     *b"""
     null {} [] "" 1e999 -1 1.5 true NaN "\\ud800" [[[[[[ BOOT "kind" "jump" "ip6" "files":[] "asked":{} "labels":1 "zz"
     """.split(),
-    *(b"9" * 30, b"[" * 5000, b'{"a":' * 5000),
+    *(b"9" * 30, b"9" * 400, b"[" * 5000, b'{"a":' * 5000),
 )
 
 TARGETS: tuple[Target, ...] = (
