@@ -7,7 +7,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 ORACLES := iptables nftables conntrack libnftables1 iproute2 strace util-linux
 
-.PHONY: demo test conform model mutations faults soak bench lint types layers wheel check clean oracles userlands systemd vagrant vagrant-box vagrant-share
+.PHONY: demo test conform model mutations faults fuzz soak bench lint types layers wheel check clean oracles userlands systemd vagrant vagrant-box vagrant-share
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/netapply demo
@@ -59,6 +59,11 @@ faults: $(VENV)/.installed oracles
 # 10,000 namespaces from their beginning to their end, in one process: nothing may grow.
 soak: $(VENV)/.installed
 	$(PY) -m tests.faults.soak
+
+# Bytes that nobody well-meaning sends, to all that takes bytes: ten minutes, and an input that broke something is kept
+# in tests/data/fuzz. SECONDS=N for another time, SEED=N for other inputs, FUZZ='--target plan' for one of them.
+fuzz: $(VENV)/.installed
+	$(PY) -m tests.fuzz --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) $(FUZZ)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

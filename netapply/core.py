@@ -18,7 +18,15 @@ from netapply.backend import Backend, Owned, find_backend
 from netapply.compiler import compile_plan, compile_routing
 from netapply.detection import PREFERENCE, UNSUPPORTED, Held, choose, holding_ours, lacking, next_usable, probe
 from netapply.differences import ruleset_changes, with_paths
-from netapply.errors import ApplyError, ConflictError, JournalError, KernelError, NetapplyError, UnsupportedError
+from netapply.errors import (
+    ApplyError,
+    ConflictError,
+    JournalError,
+    KernelError,
+    NetapplyError,
+    PlanError,
+    UnsupportedError,
+)
 from netapply.existing import existing_flows, treated_otherwise
 from netapply.features import degrade
 from netapply.journal import Entry, Files, Journal, State
@@ -28,6 +36,7 @@ from netapply.plan import CapturePlan
 from netapply.remembered import remembered
 from netapply.results import Change, Detection, Diff, Live, Result, RuleCounter
 from netapply.ruleset import Routing, Ruleset
+from netapply.texts import find_faulty_texts
 from netapply.transaction import Outcome, Transaction
 from netapply.values import NamedTuple
 
@@ -99,7 +108,10 @@ def _compiled(
     """The plan without what is missing, what that is, and what the rest compiles to."""
     effective, degraded = degrade(plan, backend.name, missing)
     dialect = backend.dialect if "sets" not in missing else backend.dialect._replace(sets_from=0)
-    return effective, degraded, compile_routing(effective), compile_plan(effective, dialect, layout)
+    ruleset = compile_plan(effective, dialect, layout)
+    if faults := tuple(find_faulty_texts(ruleset)):
+        raise PlanError(faults)
+    return effective, degraded, compile_routing(effective), ruleset
 
 
 def apply(

@@ -11,11 +11,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from netapply.errors import JournalError
 from netapply.journal import Files, Journal
 from netapply.namespace import Namespace
 from netapply.nsfs import NamespaceId
+from netapply.paths import open_private_directory
 from netapply.values import NamedTuple
 
 FILE = "history"
@@ -100,7 +102,7 @@ def events(journal: Journal | None = None, namespace: str = "") -> tuple[Event, 
     """What is known, the oldest first; of one namespace, if `namespace` is its identity. Raises JournalError."""
     directory = (journal or Journal()).directory
     try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_private_directory(directory, create=False)
     except FileNotFoundError:
         return ()
     except OSError as error:
@@ -121,8 +123,25 @@ def _read(directory: int, name: str) -> Iterator[Event]:
         raise JournalError(f"{name} cannot be read: {error.strerror}") from error
     with open(fd, "rb") as file:
         for line in file:
-            try:
-                event = Event._make(json.loads(line))
-            except (ValueError, TypeError):
-                continue  # torn, or of a version with other fields
-            yield event
+            event = _understood(line)
+            if event is not None:
+                yield event
+
+
+_EMPTY = Event(0.0, "", "", "", "")
+_LATEST = 1 << 40  # seconds since 1970
+
+
+def _understood(line: bytes) -> Event | None:
+    """The event of a line; None where it was torn, or is of a version with other fields."""
+    try:
+        found: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    try:
+        event = Event._make(found) if line[:1] == b"[" else _EMPTY
+    except TypeError:
+        return None
+    same = all(type(value) is type(model) for value, model in zip(event[1:], _EMPTY[1:], strict=True))
+    is_time = type(event.time) in (int, float) and 0 < event.time < _LATEST  # neither NaN nor of 400 digits
+    return event if same and is_time else None

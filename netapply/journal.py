@@ -8,11 +8,9 @@ sees the old one or the new one.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
-import stat
 import time
 import zlib
 from collections.abc import Generator
@@ -22,6 +20,7 @@ from typing import Any
 
 from netapply.errors import DecodeError, JournalError, LockError
 from netapply.nsfs import NamespaceId
+from netapply.paths import open_private_directory
 from netapply.record import hexed, routing_from_json, ruleset_from_json, ruleset_to_json
 from netapply.remembered import remembered
 from netapply.ruleset import Routing, Ruleset
@@ -92,7 +91,8 @@ class Journal:
             if not isinstance(kept, _Kept) or not kept.is_of(self.directory):
                 if isinstance(kept, _Kept):
                     kept.close()
-                kept = _open_directory(self.directory)
+                fd = open_private_directory(self.directory)
+                kept = _Kept(fd, self.directory, os.fstat(fd))
             return Files(kept, _name(identity), timeout, memory)
         except OSError as error:
             raise JournalError(
@@ -358,21 +358,6 @@ def _locked(fd: int) -> bool:
     return True
 
 
-def _open_directory(path: str) -> _Kept:
-    """The state directory, made if need be; refused unless it is ours alone."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags)
-    except FileNotFoundError:
-        os.makedirs(path, 0o700, exist_ok=True)  # another thread or process may be first
-        fd = os.open(path, flags)
-    status = os.fstat(fd)
-    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
-        os.close(fd)
-        raise OSError(errno.EPERM, "must be a directory of our own with mode 0700")
-    return _Kept(fd, path, status)
-
-
 @cache
 def _boot() -> str:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
@@ -420,19 +405,15 @@ def _decode(data: bytes, name: str, *, pending: bool) -> Entry | None:
             raise ValueError(f"format {body['format']} is not ours")
         if body["boot"] != _boot():
             return None
-        return Entry(
-            pending,
-            body["backend"],
-            _state(body["before"]),
-            _state(body["desired"]),
-            routing_from_json(body["created"]),
-            body["layout"],
-            body["fingerprint"],
-            body.get("number", 0),
-            body.get("leaving", ""),
-        )
-    except (ValueError, KeyError, TypeError, DecodeError) as error:
+        backend, layout, fingerprint = words = [body[key] for key in ("backend", "layout", "fingerprint")]
+        number, leaving, created = body.get("number", 0), body.get("leaving", ""), routing_from_json(body["created"])
+        if not all(isinstance(word, str) for word in (*words, leaving)) or type(number) is not int or number < 0:
+            raise ValueError("a field of another type")
+        before, desired = _state(body["before"]), _state(body["desired"])
+        hash((before, desired, created))  # what is there in the place of a value, at whatever depth, is a list
+    except (ValueError, KeyError, TypeError, RecursionError, DecodeError) as error:
         raise JournalError(f"journal {name} cannot be trusted: {error}") from error
+    return Entry(pending, backend, before, desired, created, layout, fingerprint, number, leaving)
 
 
 def _state(raw: Any) -> State:

@@ -13,6 +13,7 @@ import select
 import struct
 
 from netapply.errors import NamespaceError
+from netapply.paths import open_path
 from netapply.sockets import socket
 from netapply.syscalls import CLONE_NEWNET, filesystem_magic
 from netapply.values import NamedTuple
@@ -92,15 +93,17 @@ def _find(spec: str | int | None, label: str) -> Source:
         if scheme == "pid":
             return Source(_open_pid(int(number)), label)
         return Source(fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, 3), label)
+    if "\0" in spec:
+        raise NamespaceError(f"{spec!r} cannot name a network namespace", next_step="leave the zero byte out")
     if "/" in spec:
         place = os.path.abspath(spec)
-        return Source(os.open(place, _OPEN), label, place)
+        return Source(open_path(place, _OPEN), label, place)
     if not (spec and spec[0] in _FIRST and _OTHERS.issuperset(spec)):
         raise NamespaceError(
             f"{spec!r} cannot name a network namespace",
             next_step="use a name of letters, digits, dots, dashes and underscores, a path, pid:N or fd:N",
         )
-    return Source(os.open(NAMED + spec, _OPEN), label, NAMED + spec)
+    return Source(open_path(NAMED + spec, _OPEN), label, NAMED + spec)
 
 
 def _open_pid(pid: int) -> int:

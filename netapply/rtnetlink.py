@@ -11,8 +11,9 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from sys import byteorder
 
-from netapply.errors import KernelError
+from netapply.errors import DecodeError, KernelError
 from netapply.kernel import NETLINK_ROUTE, Kernel
 from netapply.sockets import socket
 
@@ -30,10 +31,10 @@ _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, seque
 _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
 _ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, destination and source length, …, type, flags
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
-_U32 = struct.Struct("=I")
 _ERROR = struct.Struct("=i")
 _RULE_SIZE = 12  # struct fib_rule_hdr
 _NLMSG_ERROR = 2
+_MAX_ERRNO = 4095  # linux/err.h
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR, _RTM_NEWRULE, _RTM_GETRULE = 20, 21, 22, 32, 34
 _RTM_NEWROUTE, _RTM_GETROUTE, _RTN_LOCAL, _RTA_DST = 24, 26, 2, 1
 _REQUEST, _ACK, _EXCL, _CREATE, _DUMP = 0x1, 0x4, 0x200, 0x400, 0x300
@@ -66,11 +67,11 @@ def _addresses(kernel: Kernel) -> tuple[tuple[int, int, bytes, int], ...]:
 @lru_cache(8)
 def _read_addresses(answer: tuple[bytes, ...]) -> tuple[tuple[int, int, bytes, int], ...]:
     listed: list[tuple[int, int, bytes, int]] = []
-    for data, offset, end in _messages(answer, _RTM_NEWADDR):
+    for data, offset, end in _messages(answer, _RTM_NEWADDR, _ADDRESS.size):
         _, prefix, _, _, index = _ADDRESS.unpack_from(data, offset)
         found = dict(_attributes(data, offset + _ADDRESS.size, end))
         packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS, b"")
-        listed.append((index, prefix, packed, found.get(_IFA_PROTO, b"\0")[0]))
+        listed.append((index, prefix, packed, int.from_bytes(found.get(_IFA_PROTO, b""))))
     return tuple(listed)
 
 
@@ -98,7 +99,7 @@ def _await_local(kernel: Kernel, operation: str, packed: bytes) -> None:
     request = _message(_RTM_GETROUTE, 0, body)
     begun = time.monotonic()
     while (waited := time.monotonic() - begun) < PATIENCE:
-        found = _messages(_ask(kernel, operation, request, missing=True), _RTM_NEWROUTE)
+        found = _messages(_ask(kernel, operation, request, missing=True), _RTM_NEWROUTE, _ROUTE.size)
         if any(_ROUTE.unpack_from(data, offset)[7] == _RTN_LOCAL for data, offset, _ in found):
             return
         # It runs as soon as somebody lets it, in microseconds; a sleep takes longer than most of these waits.
@@ -116,10 +117,10 @@ def rule_priorities(kernel: Kernel) -> frozenset[int]:
 @lru_cache(8)
 def _read_priorities(answer: tuple[bytes, ...]) -> frozenset[int]:
     found: set[int] = set()
-    for data, offset, end in _messages(answer, _RTM_NEWRULE):
+    for data, offset, end in _messages(answer, _RTM_NEWRULE, _RULE_SIZE):
         priority = dict(_attributes(data, offset + _RULE_SIZE, end)).get(_FRA_PRIORITY)
         if priority:
-            found.add(_U32.unpack(priority)[0])
+            found.add(int.from_bytes(priority, byteorder))
     return frozenset(found)
 
 
@@ -148,8 +149,10 @@ def _ask(kernel: Kernel, operation: str, request: bytes, *, missing: bool = Fals
         answer = kernel.netlink(NETLINK_ROUTE, request)
     except OSError as error:
         raise KernelError(operation, error.errno or 0) from error
-    for data, offset, end in _messages(answer, _NLMSG_ERROR):
+    for data, offset, end in _messages(answer, _NLMSG_ERROR, _ERROR.size):
         code = -_ERROR.unpack_from(data, offset)[0]
+        if not 0 <= code <= _MAX_ERRNO:
+            raise DecodeError(f"{operation}: a netlink error message with the error number {code}")
         if code and not missing:
             raise KernelError(operation, code, extack=_explanation(data, offset, end))
     return answer
@@ -164,12 +167,18 @@ def _explanation(data: bytes, offset: int, end: int) -> str:
     return words.rstrip(b"\0").decode("ascii", "replace")
 
 
-def _messages(answer: Sequence[bytes], wanted: int) -> Iterator[tuple[bytes, int, int]]:
-    """Of each message of one type: the datagram, and where in it the body begins and ends."""
+def _messages(answer: Sequence[bytes], wanted: int, least: int) -> Iterator[tuple[bytes, int, int]]:
+    """Of each message of one type: the datagram, and where in it the body, of `least` bytes or more, begins and ends.
+
+    Raises DecodeError.
+    """
     for data in answer:
         offset, size = 0, len(data)
         while offset + _HEADER.size <= size:
             length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
+            after = offset + length
+            if length < _HEADER.size or after > size or (kind == wanted and length < _HEADER.size + least):
+                raise DecodeError(f"a netlink message of {length} bytes does not fit in the {size - offset} there are")
             if kind == wanted:
-                yield data, offset + _HEADER.size, min(offset + length, size)
-            offset += max((length + 3) & ~3, _HEADER.size)
+                yield data, offset + _HEADER.size, after
+            offset += (length + 3) & ~3

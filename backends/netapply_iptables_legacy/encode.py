@@ -184,7 +184,7 @@ class _Builder:
         return sum(first is None or place < first for place, _ in part.foreign)
 
     def _own(self, wanted: Chain, standing: Part | None) -> _NewChain:
-        if len(wanted.name.encode()) > NAME_SIZE:
+        if len(wanted.name.encode("utf-8", "surrogateescape")) > NAME_SIZE:
             raise UnsupportedError(f"chain {wanted.name}: a name has at most {NAME_SIZE} bytes")
         pool = _Pool(standing.rules if standing else ())
         end = _Numbered(plain_entry(self._family, RETURN), standing.policy[0] if standing else NEW)

@@ -114,7 +114,7 @@ def plain_entry(family: Family, verdict: int) -> Entry:
 
 def chain_header(family: Family, name: str) -> bytes:
     """The ERROR entry that begins a chain of one's own, or ends the table."""
-    target = _ERROR.pack(_ERROR.size, b"ERROR", 0, name.encode())
+    target = _ERROR.pack(_ERROR.size, b"ERROR", 0, name.encode("utf-8", "surrogateescape"))
     return pack_entry(family, bytes(LAYOUT[family].ip_size), b"", target)
 
 

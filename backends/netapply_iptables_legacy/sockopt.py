@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from netapply.errors import ConflictError
+from netapply.errors import ConflictError, DecodeError
 from netapply.kernel import Scratch
 from netapply.values import NamedTuple
 from netapply_wire.refusals import refused
@@ -45,6 +45,8 @@ _COUNTERS_POINTER = 88
 COUNTERS_SIZE = 16  # xt_counters: packets, bytes
 #: How often a table is read that others keep replacing under us. Each attempt takes microseconds.
 READ_ATTEMPTS = 64
+_LONGEST = 0xFFFF  # bytes of an entry, by its next_offset
+_LARGEST = 512 << 20  # bytes of a table: XT_MAX_TABLE_SIZE of net/netfilter/x_tables.c
 
 
 class Info(NamedTuple):
@@ -78,7 +80,11 @@ def table_names(kernel: Kernel, family: Family) -> tuple[str, ...]:
 def get_info(kernel: Kernel, family: Family, table: str) -> Info:
     """GET_INFO. It creates the table where there is none: ask `table_names` first. Raises OSError."""
     answer = kernel.getsockopt(family, SO_GET_INFO, table.encode().ljust(_INFO.size, b"\0"))
+    if len(answer) != _INFO.size:
+        raise DecodeError(f"what the kernel says of table {family} {table} has {len(answer)} bytes, not {_INFO.size}")
     _, valid_hooks, *offsets, entries, size = _INFO.unpack(answer)
+    if size > min(entries * _LONGEST, _LARGEST):
+        raise DecodeError(f"table {family} {table} is said to have {size} bytes, which no table has")
     # The kernel leaves -1 where there is no hook, and zeros in a table that it made itself.
     offsets = [offsets[hook] if valid_hooks >> hook % 5 & 1 else 0 for hook in range(10)]
     return Info(valid_hooks, tuple(offsets[:5]), tuple(offsets[5:]), entries, size)

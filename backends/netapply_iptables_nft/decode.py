@@ -230,7 +230,7 @@ class _Reader:
     def limit(self, each: Expression) -> None:
         rate, unit = each.number(1), each.number(2)
         a_minute, rest = divmod(rate * 60, unit or 1)
-        if rest or not unit or each.number(4) != NFT_LIMIT_PKTS or each.number(5):
+        if rest or not unit or not a_minute or each.number(4) != NFT_LIMIT_PKTS or each.number(5):
             raise _foreign(each)
         self._matches.append(LimitMatch(a_minute, each.number(3)))
 

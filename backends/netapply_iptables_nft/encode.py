@@ -175,7 +175,7 @@ def _protocol(protocol: int) -> bytes:
 
 @lru_cache(maxsize=256)
 def _interface(each: IfaceMatch) -> bytes:
-    name = each.name.encode()
+    name = each.name.encode("utf-8", "surrogateescape")
     if not 0 < len(name) <= INTERFACE_SIZE:
         raise UnsupportedError(f"interface {each.name!r}: a name has 1 to {INTERFACE_SIZE} bytes")
     key = NFT_META_IIFNAME if each.direction == "in" else NFT_META_OIFNAME

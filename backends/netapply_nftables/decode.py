@@ -200,6 +200,6 @@ def _decode_socket(term: Term) -> SocketMatch:
 
 
 def _decode_limit(item: Expression) -> LimitMatch:
-    if (item.number(2), item.number(4), item.number(5)) != (60, nft.NFT_LIMIT_PKTS, 0):
+    if (item.number(2), item.number(4), item.number(5)) != (60, nft.NFT_LIMIT_PKTS, 0) or not item.number(1):
         raise DecodeError("a limit that is not of packets a minute")
     return LimitMatch(item.number(1), item.number(3))

@@ -165,7 +165,7 @@ def _encode_match(match: Match, family: Family | None) -> bytes:
 
 
 def _iface(match: IfaceMatch) -> bytes:
-    name = match.name.encode()
+    name = match.name.encode("utf-8", "surrogateescape")
     if len(name) >= IFNAMSIZ + name.endswith(b"+"):
         raise UnsupportedError(f"{match.name!r} is longer than an interface name can be")
     if name == b"+":  # any interface: the name is not empty
@@ -262,6 +262,9 @@ def _userdata(rule: Rule) -> bytes:
     items += [(UDATA_CGROUP_PATH, match.path) for match in rule.matches if isinstance(match, CgroupMatch)]
     if not items:
         return b""
-    if any(len(text.encode()) > 254 for _, text in items) or len(data := nft.userdata(items)) > nft.NFT_USERDATA_MAXLEN:
+    if (
+        any(len(text.encode("utf-8", "surrogateescape")) > 254 for _, text in items)
+        or len(data := nft.userdata(items)) > nft.NFT_USERDATA_MAXLEN
+    ):
         raise UnsupportedError("a rule's comment and cgroup path are together longer than the kernel's 256 bytes")
     return attr(nft.NFTA_RULE_USERDATA, data)

@@ -169,7 +169,7 @@ def _intervals(lists: Iterable[bytes], bits: int, *, ends: bool) -> list[Interva
     stops.append(1 << bits)
     found: list[Interval] = []
     at = 0
-    for start, following in zip(starts, [*starts[1:], 1 << bits], strict=True):
+    for start, following in zip(starts, (*starts[1:], 1 << bits), strict=False):  # none where none starts
         while stops[at] <= start:
             at += 1
         found.append((start, min(stops[at], following)))

@@ -146,6 +146,8 @@ class Contents:
         halves: dict[bytes, Rule] = {}  # TProxy rules whose second half should come next in their chain
         for message in self._rules:
             chain = message.attributes[NFTA_RULE_CHAIN]
+            if chain not in by_chain:
+                raise DecodeError(f"a rule in chain {text(chain)}, which is not there")
             rules, counts = by_chain[chain]
             userdata = message.attributes.get(NFTA_RULE_USERDATA, b"")
             expressions, packets, octets = split_counter(message.attributes.get(NFTA_RULE_EXPRESSIONS, b""))
@@ -163,7 +165,11 @@ class Contents:
 
     def _looked_up(self, expressions: bytes) -> PortSets:
         """The port sets that a rule names, and no others: what one rule says is remembered together with them."""
-        return tuple(item for item in self._port_sets.items() if item[0].encode() + b"\0" in expressions)
+        return tuple(
+            item
+            for item in self._port_sets.items()
+            if item[0].encode("utf-8", "surrogateescape") + b"\0" in expressions
+        )
 
 
 _is_fallback = lru_cache(1024)(is_fallback)

@@ -83,7 +83,7 @@ def split_counter(data: bytes) -> tuple[bytes, int, int]:
     The first counter is meant; without one the payload is as it was, and nothing was counted.
     """
     at = data.find(_COUNTER_HEAD)
-    if at >= 0:  # the quick way, by the shape that all kernels have dumped so far
+    if 0 <= at <= len(data) - len(_DUMPED_COUNTER):  # the quick way, by the shape that all kernels have dumped so far
         octets, packets = _COUNTED.unpack_from(data, at + len(_COUNTER_HEAD))
         return data[:at] + _DUMPED_COUNTER + data[at + len(_DUMPED_COUNTER) :], packets, octets
     for item in parse_expressions(data):
@@ -234,7 +234,7 @@ def userdata(items: Iterable[tuple[int, str]]) -> bytes:
     """User data as libnftnl has it: {u8 type, u8 length, NUL-terminated text}, the form in which nft keeps comments."""
     found = b""
     for kind, value in items:
-        data = value.encode() + b"\0"
+        data = value.encode("utf-8", "surrogateescape") + b"\0"
         found += bytes((kind, len(data))) + data
     return found
 

@@ -11,11 +11,11 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from netapply.errors import KernelError
+from netapply.errors import DecodeError, KernelError
 from netapply.kernel import NETLINK_NETFILTER
 from netapply.ruleset import Cidr, Family, NamedSet
 from netapply.values import NamedTuple
-from netapply_wire.nfnetlink import attr, iter_attributes, nested, number, parse_attributes, string, text
+from netapply_wire.nfnetlink import attr, error_code, iter_attributes, nested, number, parse_attributes, string, text
 from netapply_wire.refusals import refused
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ _HEADER = struct.Struct("=IHHIIBBH")  # nlmsghdr and nfgenmsg
 _BE32 = struct.Struct(">I")
 _OPERATION = struct.Struct("=II32s")  # ip_set_req_get_set: op, version, name or index
 _BE16 = struct.Struct(">H")
-_ERROR = struct.Struct("=i")
 #: One element, DATA {IP {IPADDR_IPV4 or _IPV6}, CIDR}, and the lengths and types of its first three attributes. What
 #: is sent has to say that the address is in network order; what comes back does not say it (since 4.1).
 _ELEMENT = {"ip": struct.Struct("=6H4s2HB3x"), "ip6": struct.Struct("=6H16s2HB3x")}
@@ -242,7 +241,7 @@ def find_set(kernel: Kernel, name: str) -> Listed | None:
         return None
     references = number(parse_attributes(head[ATTR_DATA])[DATA_REFERENCES])
     raw = tuple(part[ATTR_ADT] for part in parts if ATTR_ADT in part)
-    return Listed(name, text(head[ATTR_TYPE]), head[ATTR_FAMILY][0], raw, references, number(head[ATTR_INDEX]))
+    return Listed(name, text(head[ATTR_TYPE]), number(head[ATTR_FAMILY]), raw, references, number(head[ATTR_INDEX]))
 
 
 def _loaded(kernel: Kernel) -> bool:
@@ -306,8 +305,11 @@ def _elements(family: Family, data: bytes) -> Iterator[tuple[Cidr, bool]]:
         return
     for _, element in iter_attributes(data):
         attributes = parse_attributes(element)
-        (address,) = parse_attributes(attributes[DATA_IP]).values()
-        yield Cidr(address, attributes[DATA_CIDR][0]), len(attributes) == 2
+        address = b"".join(parse_attributes(attributes[DATA_IP]).values())
+        prefix = number(attributes[DATA_CIDR])
+        if len(address) != (4 if family == "ip" else 16) or prefix > 8 * len(address):
+            raise DecodeError("an element of a set is no block of addresses")
+        yield Cidr(address, prefix), len(attributes) == 2
 
 
 def _u32(kind: int, value: int) -> bytes:
@@ -332,10 +334,12 @@ def _request(kernel: Kernel, label: str, command: int, family: Family, body: byt
         offset = 0
         while offset + 16 <= len(answer):
             size, kind = struct.unpack_from("=IH", answer, offset)
+            if size < 16 or offset + size > len(answer):
+                raise DecodeError(f"a netlink message of {size} bytes does not fit in {len(answer) - offset}")
             payload = answer[offset + 16 : offset + size]
-            if kind == NLMSG_ERROR and (code := -int(_ERROR.unpack_from(payload)[0])):
+            if kind == NLMSG_ERROR and (code := error_code(payload)):
                 raise refused(label, OSError(code, ""), CAUSES.get(code, ""))
             if kind >> 8 == SUBSYSTEM:
                 found.append(parse_attributes(payload[4:]))
-            offset += max(size + 3 & ~3, 16)
+            offset += size + 3 & ~3
     return found

@@ -62,6 +62,7 @@ _HEADER = Struct("=IHHIIBBH")  # nlmsghdr and nfgenmsg in one: length, type, fla
 _NLMSGHDR = Struct("=IHHII")
 _NLA = Struct("=HH")
 _INT32 = Struct("=i")
+_NO_ERRNO = 1 << 16  # above those of linux/errno.h, and of subsystems, which begin at 4096
 _UINT32 = Struct("=I")
 _NLA_U32 = Struct("=HH4s")
 _NLA_U64 = Struct("=HH8s")
@@ -85,8 +86,8 @@ def nested(kind: int, *parts: bytes) -> bytes:
 
 
 def string(kind: int, text: str) -> bytes:
-    """A NUL-terminated string."""
-    return attr(kind, text.encode() + b"\0")
+    """A NUL-terminated string; the kernel's names need not be UTF-8 (see `text`)."""
+    return attr(kind, text.encode("utf-8", "surrogateescape") + b"\0")
 
 
 def u32(kind: int, value: int) -> bytes:
@@ -110,9 +111,16 @@ def iter_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
         offset += (size + 3) & ~3
 
 
-def parse_attributes(data: bytes) -> dict[int, bytes]:
+class Attributes(dict[int, bytes]):
+    """Attributes by type. To look up one that is not there raises DecodeError, as no kernel leaves out what we ask."""
+
+    def __missing__(self, kind: int) -> bytes:
+        raise DecodeError(f"netlink attribute {kind} is missing")
+
+
+def parse_attributes(data: bytes) -> Attributes:
     """Attributes by type, flags removed. Of a type that repeats the last one counts. Raises DecodeError."""
-    return dict(iter_attributes(data))
+    return Attributes(iter_attributes(data))
 
 
 def number(data: bytes) -> int:
@@ -206,7 +214,7 @@ def _transmit(kernel: Kernel, request: bytes, labels: tuple[str, ...]) -> None:
         raise KernelError("commit nf_tables batch", failure.errno or errno.EIO) from failure
     for answer in answers:
         for kind, flags, sequence, payload in _messages(answer):
-            if kind == NLMSG_ERROR and (code := _error_code(payload)):
+            if kind == NLMSG_ERROR and (code := error_code(payload)):
                 raise _failure(labels, sequence, code, _extack(payload, flags))
 
 
@@ -231,11 +239,15 @@ def _messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes]]:
         offset += (size + 3) & ~3
 
 
-def _error_code(payload: bytes) -> int:
+def error_code(payload: bytes) -> int:
+    """The positive errno of an NLMSG_ERROR or NLMSG_DONE, 0 for none. Raises DecodeError."""
     try:
-        return -int(_INT32.unpack_from(payload)[0])
+        code = -int(_INT32.unpack_from(payload)[0])
     except error as short:
         raise DecodeError("a netlink error message without an error number") from short
+    if not 0 <= code < _NO_ERRNO:
+        raise DecodeError(f"a netlink error message with the error number {code}")
+    return code
 
 
 def _extack(payload: bytes, flags: int) -> str:
@@ -286,7 +298,7 @@ def request(kernel: Kernel, command: int, family: int, body: bytes = b"", flags:
                 found.append(answer[offset + 16 : offset + 18] + answer[offset + 20 : after])  # without the generation
             elif kind in (NLMSG_ERROR, NLMSG_DONE) and size >= 20:
                 payload = answer[offset + 16 : after]
-                if code := _error_code(payload):
+                if code := error_code(payload):
                     told = _extack(payload, message_flags) if kind == NLMSG_ERROR else ""
                     raise KernelError(label, code, extack=told)
             offset = after + 3 & ~3
@@ -295,7 +307,7 @@ def request(kernel: Kernel, command: int, family: int, body: bytes = b"", flags:
 
 def parse_message(data: bytes) -> Message:
     """One object of an answer. Raises DecodeError."""
-    return Message(data[0], parse_attributes(data[2:]))
+    return Message(data[0] if data else 0, parse_attributes(data[2:]))
 
 
 def get(kernel: Kernel, command: int, family: int, body: bytes) -> Message | None:
@@ -347,7 +359,7 @@ def look(kernel: Kernel, request: bytes = b"") -> tuple[int, bytes | None]:
         if answer[4:6] == _ERROR_KIND and answer[16:20] == _NOT_THERE:
             continue
         for kind, flags, sequence, payload in _messages(answer):
-            if kind == NLMSG_ERROR and (code := _error_code(payload)):
+            if kind == NLMSG_ERROR and (code := error_code(payload)):
                 if sequence != 2 or code != errno.ENOENT:
                     raise KernelError(label, code, extack=_extack(payload, flags))
             elif sequence == 2 and kind >> 8 == NFNL_SUBSYS_NFTABLES:

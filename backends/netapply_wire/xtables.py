@@ -195,7 +195,7 @@ def _decode(ext: Extension, sets: Mapping[int, str] = {}) -> Match:
     try:
         found = _parse_match(ext, sets)
         again = None if found is None else match_extension(found, PROTOCOL_OF.get(ext.name, 6))
-    except (struct.error, UnicodeDecodeError, ArithmeticError, UnsupportedError):
+    except (struct.error, IndexError, UnicodeDecodeError, ArithmeticError, UnsupportedError):
         found = again = None
     if found is None or again is None or not _same(ext, again):
         raise DecodeError(f"match {ext.name} revision {ext.revision}: not one of ours")

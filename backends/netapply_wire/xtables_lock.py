@@ -75,7 +75,7 @@ class XtablesLock:
 
 
 def _open(path: str) -> int:
-    flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO would wait for a writer
     try:
         return os.open(path, flags, 0o600)
     except OSError as failure:

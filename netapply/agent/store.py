@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from typing import Any
 
 from netapply.agent.planfiles import PlanFile, dump_plan_file, parse_plan_file
 from netapply.errors import NetapplyError, PlanError
+from netapply.paths import open_private_directory
 from netapply.values import NamedTuple
 
 FORMAT = 1
@@ -41,7 +41,7 @@ def load(directory: str) -> tuple[Kept, str]:
             raise ValueError(f"format {raw['format']}")
     except FileNotFoundError:
         return Kept(), ""
-    except (OSError, ValueError, KeyError, TypeError, NetapplyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, NetapplyError) as error:
         return Kept(), f"{directory}/{_NAME} cannot be used: {error}"
     files: list[PlanFile] = []
     asked: list[Asked] = []
@@ -86,26 +86,15 @@ def save(directory: str, kept: Kept) -> None:
 
 
 def _open(directory: str) -> int:
-    folder = _directory(directory)
+    folder = open_private_directory(directory)
     try:
         return os.open(_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     finally:
         os.close(folder)
 
 
-def _directory(path: str) -> int:
-    """The state directory, made if need be; refused unless it is ours alone. Raises OSError, NetapplyError."""
-    os.makedirs(path, 0o700, exist_ok=True)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    status = os.fstat(fd)
-    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-        os.close(fd)
-        raise NetapplyError(f"state directory {path} must be our own, and writable to nobody else")
-    return fd
-
-
 def _write(directory: str, data: bytes) -> None:
-    folder = _directory(directory)
+    folder = open_private_directory(directory)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(f"{_NAME}.new", flags, 0o600, dir_fd=folder)

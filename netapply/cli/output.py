@@ -13,6 +13,9 @@ from netapply.results import RESULT_VERSION, Result
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2", "bold": "1"}
 
 
+_CODES = frozenset((*_COLOURS.values(), "0"))
+
+
 class Printer:
     """One command's output. `form` is "text" or "json": one object on standard output, also for errors."""
 
@@ -24,11 +27,20 @@ class Printer:
 
     def line(self, text: str = "") -> None:
         """One line of text."""
-        self._write(text + "\n")
+        self._write(self._safe(text) + "\n")
 
     def flush(self) -> None:
         """Write what is left. Raises NetapplyError where it cannot be written."""
         self._write("", flush=True)
+
+    def _safe(self, text: str) -> str:
+        """Without what a terminal would obey or cannot show: in a namespace anybody may have named a chain."""
+        if not self._colour:
+            return _shown(text)
+        first, *painted = text.split("\x1b[")
+        return _shown(first) + "".join(
+            f"\x1b[{_shown(each)}" if each.partition("m")[0] in _CODES else _shown(f"\x1b[{each}") for each in painted
+        )
 
     def _write(self, text: str, *, flush: bool = False) -> None:
         try:
@@ -44,7 +56,7 @@ class Printer:
 
     def note(self, text: str) -> None:
         """A line beside the output: a warning, or progress."""
-        self._err.write(f"netapply: {text}\n")
+        self._err.write(f"netapply: {_shown(text)}\n")
 
     def progress(self, text: str) -> None:
         """What is going on, on a terminal alone; the next one replaces it, and "" takes it away."""
@@ -116,3 +128,10 @@ def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> 
 
 def _plain(value: object) -> str:
     return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _shown(text: str) -> str:
+    """Lines of text, with escapes for what is neither printable nor a space between words."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
