@@ -5,9 +5,9 @@
 VENV   ?= .venv
 PYTHON ?= python3
 PY     := $(VENV)/bin/python
-ORACLES := iptables nftables conntrack libnftables1 iproute2 strace util-linux
+ORACLES := iptables nftables conntrack libnftables1 libgvc6 iproute2 strace util-linux
 
-.PHONY: demo test conform model mutations faults fuzz soak bench lint types layers wheel check clean oracles userlands systemd vagrant vagrant-box vagrant-share
+.PHONY: demo test conform model mutations faults fuzz soak bench lint types layers wheel check clean oracles userlands systemd pictures vagrant vagrant-box vagrant-share
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/netapply demo
@@ -25,8 +25,13 @@ $(VENV)/.installed: pyproject.toml
 
 # Readers that are not ours, for the tests alone: the product starts no program.
 oracles:
-	@for tool in iptables nft conntrack ip strace nsenter; do \
-	  command -v $$tool >/dev/null || { apt-get update -qq && apt-get install -y -qq $(ORACLES); break; }; done
+	@for tool in iptables nft conntrack ip strace nsenter libgvc.so.6; do \
+	  command -v $$tool >/dev/null || ldconfig -p | grep -q $$tool || { apt-get update -qq && apt-get install -y -qq $(ORACLES); break; }; done
+
+# The six traffic types of docs/traffic-types.md.
+pictures: $(VENV)/.installed
+	for number in 1 2 3 4 5 6; do \
+	  $(VENV)/bin/netapply graph docs/pictures/capture.yaml --backend nftables --flow $$number >docs/pictures/type-$$number.svg || exit 1; done
 
 # Readers of three releases, unpacked under build/ from the machine's own mirror: seconds, once. MIRROR=URI for another.
 userlands: $(VENV)/.installed

@@ -205,10 +205,10 @@ def _answers(decision: Decision, flow: Flow, plan: CapturePlan | None) -> str:
         case "dnat":
             return f"{show_endpoint(decision.address, decision.port)} answers"
         case _:
-            return f"{_listener(decision.port, plan)} answers"
+            return f"{listener(decision.port, plan)} answers"
 
 
-def _listener(port: int, plan: CapturePlan | None) -> str:
+def listener(port: int, plan: CapturePlan | None) -> str:
     if plan is None:
         return f"what listens on port {port} here"
     named = {plan.dns.port: "DNS", plan.proxy.inbound_port: "inbound", plan.proxy.outbound_port: "outbound"}

@@ -8,6 +8,7 @@ fingerprint(plan)                        # 16 hex digits, the same for plans tha
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -49,13 +50,14 @@ def load_plan(
 
 
 def read_plan(
-    path: str,
+    path: str | os.PathLike[str],
     *,
     format: Format | None = None,  # noqa: A002 - the word that users know
     lookups: Lookups = SYSTEM,
     limits: Limits = LIMITS,
 ) -> CapturePlan:
     """The plan in the file at `path`, or on standard input for "-". Raises PlanError, also where it cannot be read."""
+    path = os.fspath(path)
     data = read_source(path, limits)
     return load_plan(data, format=format or format_of(path), lookups=lookups, source=_shown(path), limits=limits)
 

@@ -61,7 +61,7 @@ def test_the_three_formats_say_the_same():
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_the_examples_load_and_come_back_from_their_dump(path: Path):
-    plan = read_plan(str(path), lookups=LOOKUPS)
+    plan = read_plan(path, lookups=LOOKUPS)
     assert load_plan(json.dumps(dump_plan(plan)), lookups=LOOKUPS) == plan
 
 

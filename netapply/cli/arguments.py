@@ -21,6 +21,7 @@ SUMMARY = {
     "verify": "whether the kernel still holds what was applied (exit 0 yes, 3 drift)",
     "show": "our live rules with their counters",
     "explain": "why a packet goes where it goes, by a plan or by the rules that stand",
+    "graph": "draw the way of packets through hooks, chains and rules, as SVG or Mermaid",
     "detect": "which backends work here, and which one auto takes; changes nothing",
     "schema": "the JSON Schema of plan files",
     "import": "print another tool's settings as a plan file, each line with what it comes from; touches nothing",
@@ -69,6 +70,7 @@ def build_parser(*, lean: bool = False) -> argparse.ArgumentParser:
         describe(_command(commands, name))
     _migrate(_command(commands, "migrate"))
     _explain(_command(commands, "explain"))
+    _graph(_command(commands, "graph"))
     detect = _command(commands, "detect")
     words.namespace(detect)
     words.layout(detect)
@@ -178,6 +180,23 @@ def _looks(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(parser: argparse.ArgumentParser) -> None:
+    _flow(parser)
+    parser.add_argument("--traffic-types", action="store_true", help="a table of the six traffic types of a sidecar")
+    parser.add_argument("--all", action="store_true", help="in every dialect; with a plan")
+    words.backend(parser)
+
+
+def _graph(parser: argparse.ArgumentParser) -> None:
+    _flow(parser)
+    named = 'a connection of the six traffic types, as explain --traffic-types names it: "app to remote", or 2'
+    parser.add_argument("--flow", metavar="NAME", help=named)
+    parser.add_argument("--family", choices=("ip", "ip6"), help="ip or ip6; that of the flow, or ip")
+    parser.add_argument("--format", choices=("svg", "mermaid", "dot"), default="svg", help="default svg, by Graphviz")
+    words.backend(parser)
+
+
+def _flow(parser: argparse.ArgumentParser) -> None:
+    """Rules, of a plan or of a namespace, and a flow that meets them."""
     words.namespace(parser)
     parser.add_argument("plan", nargs="?", metavar="PLAN", help="a plan file; without one, the rules that stand")
     known = "uid=, gid=, cgroup=, iface=, mark=, state=, an address and port; the rest is assumed, and told"
@@ -190,6 +209,3 @@ def _explain(parser: argparse.ArgumentParser) -> None:
     protocol = parser.add_mutually_exclusive_group()
     protocol.add_argument("--tcp", action="store_true", help="the default but for --dns")
     protocol.add_argument("--udp", action="store_true")
-    parser.add_argument("--traffic-types", action="store_true", help="a table of the six traffic types of a sidecar")
-    parser.add_argument("--all", action="store_true", help="in every dialect; with a plan")
-    words.backend(parser)

@@ -355,6 +355,13 @@ def explain(arguments: Arguments, printer: Printer) -> int:
     return run_explain(arguments, printer)
 
 
+def graph(arguments: Arguments, printer: Printer) -> int:
+    """Draw the rules."""
+    from netapply.cli.graph import run_graph
+
+    return run_graph(arguments, printer)
+
+
 def schema(_: Arguments, printer: Printer) -> int:
     """Print the JSON Schema of plan files."""
     import json
@@ -462,6 +469,7 @@ COMMANDS: Mapping[str, Callable[[Arguments, Printer], int]] = {
     "verify": verify,
     "show": show,
     "explain": explain,
+    "graph": graph,
     "detect": detect,
     "schema": schema,
     "import": import_settings,

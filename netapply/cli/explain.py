@@ -34,23 +34,26 @@ class Subject(NamedTuple):
 
 def run_explain(arguments: Arguments, printer: Printer) -> int:
     """Explain one flow, or the six traffic types."""
-    from netapply.planfile import read_plan
-
     _refuse_contradictions(arguments)
-    plan = read_plan(arguments.plan) if arguments.plan else None
-    with ExitStack() as stack:
-        capture = stack.enter_context(open_named(arguments)) if plan is None or arguments.netns is not None else None
-        asked = _asked(arguments, plan)
-        told = None if arguments.traffic_types else _told(asked, capture)
-        if plan is not None:
-            subjects = _compiled(plan, arguments)
-        else:
-            subjects = _standing(capture, arguments.backend) if capture else ()
+    subjects, told = look_up(arguments, with_flow=not arguments.traffic_types, every=arguments.all)
     if told is None:
         _explain_types(subjects, printer)
     else:
         _explain_flow(subjects, told, printer)
     return 0
+
+
+def look_up(arguments: Arguments, *, with_flow: bool, every: bool = False) -> tuple[tuple[Subject, ...], Told | None]:
+    """The rules that the command line names, of a plan in `every` dialect if so, and the flow, if one is wanted."""
+    from netapply.planfile import read_plan
+
+    plan = read_plan(arguments.plan) if arguments.plan else None
+    with ExitStack() as stack:
+        capture = stack.enter_context(open_named(arguments)) if plan is None or arguments.netns is not None else None
+        told = _told(_asked(arguments, plan), capture) if with_flow else None
+        if plan is not None:
+            return _compiled(plan, arguments, every=every), told
+        return _standing(capture, arguments.backend) if capture else (), told
 
 
 def _refuse_contradictions(arguments: Arguments) -> None:
@@ -81,8 +84,8 @@ def _told(asked: Asked, capture: Capture | None) -> Told:
 # --- which rules ---------------------------------------------------------------------------------------------
 
 
-def _compiled(plan: CapturePlan, arguments: Arguments) -> tuple[Subject, ...]:
-    names = tuple(BUILT_IN) if arguments.all else (PREFERENCE[0] if arguments.backend == "auto" else arguments.backend,)
+def _compiled(plan: CapturePlan, arguments: Arguments, *, every: bool) -> tuple[Subject, ...]:
+    names = tuple(BUILT_IN) if every else (PREFERENCE[0] if arguments.backend == "auto" else arguments.backend,)
     backends = tuple(map(find_backend, names))
     return tuple(Subject(each, compile_plan(plan, each.dialect, arguments.layout), plan) for each in backends)
 
