@@ -42,6 +42,8 @@ def by_tool(userland: Userland, standing: Standing) -> Iterator[str]:
         if not standing.ruleset.tables:
             return
         text = output(standing, userland.tool("nft"), "-s", "list", "table", "inet", "netapply")
+        # nft looks for the cgroup below /sys/fs/cgroup, where version 2 may be mounted on a directory of its own.
+        text = text.replace('"unified/', '"')
         if blocks(as_numbers(text)) != blocks(rendered.replace(" packets 0 bytes 0", "")):
             yield f"nft of {userland.suite} lists something else:\n{text}\nrendered:\n{rendered}"
         return
@@ -80,10 +82,13 @@ def test_all_readers_agree_with_what_stands(backend: str, figure: Callable[[str]
     def read(standing: Standing) -> Sequence[str]:
         looked.append(standing.path)
         # nft 0.9.8 ends by SIGSEGV when it lists a cgroup match.
-        able = [each for each in found if not (each.suite == "bullseye" and speaks_of_cgroups(standing))]
+        crashes = standing.backend == "nftables" and speaks_of_cgroups(standing)
+        able = [each for each in found if not (each.suite == "bullseye" and crashes)]
         return [*by_library(standing), *(wrong for each in able for wrong in by_tool(each, standing))]
 
-    cases = cases_of("full") if EVERY else cases_of("core")[::7]
+    cases = (
+        cases_of("full") if EVERY else [*cases_of("core")[::7], *(c for c in cases_of("full") if "cgroup" in c.name)]
+    )
     with Runner(backend, readers=(read,)) as runner:
         report = runner.report([runner.run(case) for case in cases if case.story != "model"])
     failed: dict[str, Any] = {each.case: each.differences for each in report.outcomes if each.status == "failed"}

@@ -139,7 +139,7 @@ def _match(match: Match, protocol: int) -> str:
         case OwnerMatch():
             return f" -m owner{_not(match)} --{match.id}-owner {PortRange(match.first, match.last)}"
         case CgroupMatch():
-            return f" -m cgroup{_not(match)} --path {match.path}"
+            return f" -m cgroup{_not(match)} --path {_quoted(match.path)}"
         case MarkMatch():
             return f" -m mark{_not(match)} --mark {_masked(match.value, match.mask)}"
         case ConnmarkMatch():
