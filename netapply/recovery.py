@@ -83,8 +83,8 @@ def _load(files: Files) -> Entry | None:
 
 def _restore(namespace: Namespace, entry: Entry, files: Files) -> str:
     if entry.leaving:
-        from netapply import migration  # is seldom interrupted
+        from netapply import exchange  # is seldom interrupted
 
-        return migration.restore(namespace, entry, files)
+        return exchange.restore(namespace, entry, files)
     owned = ownership("netapply", (entry.before.ruleset, entry.desired.ruleset), NOTHING)
     return Transaction(namespace, find_backend(entry.backend), owned, files).restore(entry)
