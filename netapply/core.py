@@ -20,7 +20,7 @@ from netapply.detection import PREFERENCE, UNSUPPORTED, Held, choose, holding_ou
 from netapply.errors import ApplyError, ConflictError, KernelError, PlanError, UnsupportedError
 from netapply.existing import existing_flows, treated_otherwise
 from netapply.features import degrade
-from netapply.journal import Entry, Journal, State
+from netapply.journal import NOWHERE, Entry, Journal, State, is_another
 from netapply.namespace import Namespace
 from netapply.ownership import NOTHING, Adopted, Adoption
 from netapply.plan import CapturePlan
@@ -30,8 +30,6 @@ from netapply.ruleset import Routing, Ruleset
 from netapply.session import Session, also_used, owned_by, take
 from netapply.texts import find_faulty_texts
 from netapply.transaction import Outcome, Transaction
-
-NOWHERE = State(None, Routing())
 
 
 def compiled(
@@ -125,7 +123,8 @@ def attempt(
     if proof is not None and not outcome.steps:
         proof()  # nothing to undo
     said = session.entry
-    if not outcome.steps and session.files and (said is None or said.pending or said.fingerprint != fingerprint):
+    told = said is not None and said.fingerprint == fingerprint and not (said.pending or is_another(said, entry))
+    if not outcome.steps and session.files and not told:
         session.files.settle(entry._replace(before=desired, created=outcome.created))
     flows: int | None = None
     if count_flows:

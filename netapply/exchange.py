@@ -73,10 +73,9 @@ class Exchange:
         standing = routing.read(self._namespace, entry.desired.routing, entry.created, adopted)
         wanted = routing.plan(standing, entry.desired.routing)
         created = routing.remember(standing.ours, [step for step in wanted if step.add])
-        own = dict(standing.ours.sysctls)  # with the values that they get back; what stands is what the kernel says
-        held = tuple(each for each in standing.present.sysctls if each.name in own)
-        before = State(ruleset, standing.ours._replace(sysctls=held))
+        before = State(ruleset, standing.held)
         begun = entry._replace(pending=True, before=before, created=created, leaving=self._leaving.name)
+        former = self._files.former if self._files is not None else None
         self._namespace.verify_identity()
         if self._files is not None:
             self._files.begin(begun)
@@ -92,7 +91,7 @@ class Exchange:
             if self._files is not None:
                 self._files.settle(begun._replace(created=known, leaving=""))
         except BaseException as error:  # also an interrupt is undone
-            self._undo(begun, adopted, error)
+            self._undo(begun, former, adopted, error)
             raise
         return Outcome(tuple(done), known, ruleset)
 
@@ -127,14 +126,17 @@ class Exchange:
                 proof()
         return known
 
-    def _undo(self, begun: Entry, adopted: Routing, error: BaseException) -> None:
+    def _undo(self, begun: Entry, former: Entry | None, adopted: Routing, error: BaseException) -> None:
         failed = self._step
         try:
+            with suppress(JournalError):
+                if self._files is not None:
+                    self._files.reopen(begun)
             self._back(begun, adopted)
             # A journal that cannot be written still says "pending", and the next command finds nothing left to undo.
             with suppress(JournalError):
                 if self._files is not None:
-                    self._files.discard()
+                    self._files.go_back(former)
         except BaseException as second:  # noqa: BLE001 - whatever it is, both causes are raised
             raise ApplyError(failed, error, restored=False, rollback=second) from error
         if isinstance(error, Exception):
@@ -158,14 +160,14 @@ class Exchange:
         coming = Transaction(self._namespace, self._coming, self._owned, None)
         gone = self._leaving.read(self._namespace, self._owned).ruleset is None
         if gone and coming.holds(entry.desired, entry.created):
-            said, settled = "found finished", entry
-        else:
-            known = self._back(entry, entry.before.routing)
-            said = f"undone (back to {self._leaving.name})"
-            settled = entry._replace(backend=self._leaving.name, desired=entry.before, created=known)
+            standing = routing.read(self._namespace, entry.desired.routing, entry.created)
+            if self._files is not None:
+                self._files.settle(entry._replace(created=standing.ours, leaving=""))
+            return "found finished"
+        self._back(entry, entry.before.routing)
         if self._files is not None:
-            self._files.settle(settled._replace(leaving=""))
-        return said
+            self._files.discard()
+        return f"undone (back to {self._leaving.name})"
 
 
 def restore(namespace: Namespace, entry: Entry, files: Files) -> str:

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 
 from netapply.backend import find_backend
-from netapply.core import NOWHERE, attempt, compiled, refuse_waiting
+from netapply.core import attempt, compiled, refuse_waiting
 from netapply.detection import holding_ours, probe
 from netapply.errors import ConflictError, UnsupportedError
 from netapply.exchange import Exchange
-from netapply.journal import Entry, Journal
+from netapply.journal import NOWHERE, Entry, Journal
 from netapply.namespace import Namespace
 from netapply.ownership import NOTHING, PREFIXES, Adoption
 from netapply.plan import CapturePlan
