@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from netapply import core, recovery
+from netapply import core, inspection, recovery
 from netapply.journal import Journal
 from netapply.namespace import Namespace
 from netapply.ownership import Adoption
@@ -103,12 +103,12 @@ class Capture:
         )
 
     def diff(self, plan: CapturePlan, *, backend: str = "auto", layout: str = "netapply") -> Diff:
-        """See `netapply.core.diff`."""
-        return core.diff(self.namespace, plan, backend=backend, layout=layout)
+        """See `netapply.inspection.diff`."""
+        return inspection.diff(self.namespace, plan, backend=backend, layout=layout)
 
     def verify(self, plan: CapturePlan | None = None, *, backend: str = "auto", layout: str = "netapply") -> Diff:
-        """See `netapply.core.verify`."""
-        return core.verify(self.namespace, plan, backend=backend, layout=layout, journal=self.journal)
+        """See `netapply.inspection.verify`."""
+        return inspection.verify(self.namespace, plan, backend=backend, layout=layout, journal=self.journal)
 
     def clean(
         self, *, backend: str = "auto", layout: str = "netapply", adopt: Adoption | None = None, reason: str = ""
@@ -129,8 +129,10 @@ class Capture:
         proof: Callable[[], None] | None = None,
         reason: str = "",
     ) -> Result:
-        """See `netapply.core.migrate`."""
-        return core.migrate(
+        """See `netapply.migration.migrate`."""
+        from netapply.migration import migrate  # few ask for it
+
+        return migrate(
             self.namespace,
             plan,
             to,
@@ -151,16 +153,16 @@ class Capture:
         return recovery.recover(self.namespace, journal=self.journal)
 
     def live(self, *, backend: str = "auto", layout: str = "netapply") -> tuple[Live, ...]:
-        """See `netapply.core.live`."""
-        return core.live(self.namespace, backend=backend, layout=layout, journal=self.journal)
+        """See `netapply.inspection.live`."""
+        return inspection.live(self.namespace, backend=backend, layout=layout, journal=self.journal)
 
     def show(self, *, backend: str = "auto", layout: str = "netapply") -> tuple[RuleCounter, ...]:
-        """See `netapply.core.show`."""
-        return core.show(self.namespace, backend=backend, layout=layout, journal=self.journal)
+        """See `netapply.inspection.show`."""
+        return inspection.show(self.namespace, backend=backend, layout=layout, journal=self.journal)
 
     def detect(self, *, layout: str = "netapply") -> Detection:
-        """See `netapply.core.detect`."""
-        return core.detect(self.namespace, layout=layout, journal=self.journal)
+        """See `netapply.inspection.detect`."""
+        return inspection.detect(self.namespace, layout=layout, journal=self.journal)
 
     def close(self) -> None:
         """Let go of the namespace; nothing keeps it alive some 50 ms later."""

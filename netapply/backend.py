@@ -122,11 +122,7 @@ class Probe(NamedTuple):
 
 
 class Step(Protocol):
-    """One change. `name` says it in the field's words: "replace table ip nat".
-
-    A step may also have `atomic`, true where the kernel does all of it at once: who dies in it leaves what was or what
-    should be. Before others, and before several, the journal is written.
-    """
+    """One change. `name` says it in the field's words: "replace table ip nat"."""
 
     @property
     def name(self) -> str: ...

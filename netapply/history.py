@@ -1,16 +1,19 @@
 """Who changed what, when and why: a line for each change of any namespace, in one file of the state directory.
 
-The file is bounded: when it is full it is put in the place of the one before. It is read without the lock, without the
-namespace, and after a restart of the machine, where the directory lasts that long. A line that was torn is left out.
+The file is bounded: when it is full it is put in the place of the one before. Who writes holds the file's lock, so that
+nobody puts it aside meanwhile, and a whole line is written or nothing. It is read without the lock, without the
+namespace, and after a restart of the machine, where the directory lasts that long.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from netapply.errors import JournalError
@@ -23,6 +26,8 @@ from netapply.values import NamedTuple
 FILE = "history"
 #: Bytes of the file, and of the one before it: some thousand changes.
 LIMIT = 256 << 10
+#: Seconds to wait for others who write a line each.
+PATIENCE = 2.0
 #: Characters of a command line, and of a reason, that are kept.
 LONGEST = 200
 
@@ -83,19 +88,49 @@ def record(files: Files, event: Event) -> str:
         command=" ".join(sys.argv)[:LONGEST],
         reason=event.reason[:LONGEST],
     )
-    line = _json.encode(whole).encode() + b"\n"
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(FILE, flags, 0o600, dir_fd=files.directory)
-        try:
-            if os.fstat(fd).st_size > LIMIT:
-                os.rename(FILE, f"{FILE}.1", src_dir_fd=files.directory, dst_dir_fd=files.directory)
-            os.write(fd, line)  # one call: lines of two processes do not mix
-        finally:
-            os.close(fd)
+        _append(files.directory, _json.encode(whole).encode() + b"\n")
     except OSError as error:
         return f"history: this change is not in it ({error.strerror})"
     return ""
+
+
+def _append(directory: int, line: bytes) -> None:
+    fd = _locked(directory)
+    try:
+        size = os.fstat(fd).st_size
+        if size > LIMIT:
+            os.rename(FILE, f"{FILE}.1", src_dir_fd=directory, dst_dir_fd=directory)
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            line = b"\n" + line  # the machine stopped in the middle of one
+        if os.write(fd, line) != len(line):
+            os.ftruncate(fd, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(fd)
+
+
+def _locked(directory: int) -> int:
+    """The file, open and locked, and still in its place. Raises OSError, after PATIENCE seconds too."""
+    deadline = time.monotonic() + PATIENCE
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        fd = os.open(FILE, flags, 0o600, dir_fd=directory)
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_in_place(fd, directory):
+                return fd
+        os.close(fd)
+        if time.monotonic() >= deadline:
+            raise OSError(errno.EBUSY, "somebody holds it")
+        time.sleep(0.001)
+
+
+def _is_in_place(fd: int, directory: int) -> bool:
+    """Whether what is open is what FILE names now."""
+    with suppress(FileNotFoundError):
+        return os.stat(FILE, dir_fd=directory, follow_symlinks=False).st_ino == os.fstat(fd).st_ino
+    return False
 
 
 def events(journal: Journal | None = None, namespace: str = "") -> tuple[Event, ...]:
@@ -108,24 +143,35 @@ def events(journal: Journal | None = None, namespace: str = "") -> tuple[Event, 
     except OSError as error:
         raise JournalError(f"state directory {directory} cannot be read: {error.strerror}") from error
     try:
-        found = [event for name in (f"{FILE}.1", FILE) for event in _read(fd, name)]
+        lines = _lines(fd)
     finally:
         os.close(fd)
+    found = (event for line in lines if (event := _understood(line)))
     return tuple(event for event in found if namespace in ("", event.namespace))
 
 
-def _read(directory: int, name: str) -> Iterator[Event]:
+def _lines(directory: int) -> list[bytes]:
+    """Of both files, the older first, at one moment: either may be put in the place of the other while it is read."""
+    for _ in range(100):
+        now, inode = _content(directory, FILE)
+        before, _ = _content(directory, f"{FILE}.1")
+        with suppress(FileNotFoundError):
+            if inode and os.stat(FILE, dir_fd=directory, follow_symlinks=False).st_ino != inode:
+                continue
+        return before.splitlines() + now.splitlines()
+    raise JournalError(f"{FILE} is written faster than it can be read", next_step="try again")
+
+
+def _content(directory: int, name: str) -> tuple[bytes, int]:
+    """What a file holds, and its inode; nothing and 0 where there is none. Raises JournalError."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        with open(fd, "rb") as file:
+            return file.read(), os.fstat(fd).st_ino
     except FileNotFoundError:
-        return
+        return b"", 0
     except OSError as error:
         raise JournalError(f"{name} cannot be read: {error.strerror}") from error
-    with open(fd, "rb") as file:
-        for line in file:
-            event = _understood(line)
-            if event is not None:
-                yield event
 
 
 _EMPTY = Event(0.0, "", "", "", "")

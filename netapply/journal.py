@@ -46,6 +46,10 @@ class State(NamedTuple):
     routing: Routing
 
 
+#: Where nothing of ours stands.
+NOWHERE = State(None, Routing())
+
+
 class Entry(NamedTuple):
     """One namespace's file. `pending` says that a run began and did not end; it is told by the file's name.
 
@@ -178,6 +182,16 @@ class Files:
         return self._directory
 
     @property
+    def former(self) -> Entry | None:
+        """What the journal said before a run began; None where it said nothing, or cannot be trusted."""
+        return self._former
+
+    @property
+    def may_be_pending(self) -> bool:
+        """Whether a run began that was neither finished nor undone, as far as is known."""
+        return self._may_be_pending
+
+    @property
     def number(self) -> int:
         """Of the state that stands; 0 where nothing of ours does."""
         return self._former.number if self._former else 0
@@ -220,27 +234,29 @@ class Files:
         self._begun = entry
 
     def settle(self, entry: Entry) -> None:
-        """The run is over, and `entry` is what stands: mostly as it began, and then only the name changes."""
+        """The run is over, and `entry` is what stands: mostly as it began, and then only the name changes.
+
+        So what is pending and what stands change at once: who dies here has left either.
+        """
         entry = self._numbered(entry._replace(pending=True))
         self._keep(entry)
-        if self._begun == entry:
-            with _said("the journal cannot be written"):
-                os.rename(self._pending, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-                os.fsync(self._directory)
-            self._begun, self._may_be_pending = None, False
-        else:
-            self._write(entry, self._name)
-            self.discard()
+        if self._begun != entry:
+            self._write(entry, self._pending)
+        with _said("the journal cannot be written"):
+            os.rename(self._pending, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            os.fsync(self._directory)
+        self._former = entry._replace(pending=False)
+        self._begun, self._may_be_pending = None, False
 
     def _numbered(self, entry: Entry) -> Entry:
         former = self._former
-        number = 0 if former is None else former.number + _is_another(former, entry)
+        number = 0 if former is None else former.number + is_another(former, entry)
         return entry if entry.number == number else entry._replace(number=number)
 
     def _keep(self, entry: Entry) -> None:
         """What stood until now stays under its number, if what stands from now on is another state."""
-        former, self._former = self._former, entry
-        if former is None or not _is_another(former, entry):
+        former = self._former
+        if former is None or not is_another(former, entry):
             return
         kept = f"{self._name}.{former.number % KEPT}"
         self._unlink(kept)
@@ -248,8 +264,26 @@ class Files:
         with suppress(OSError):
             os.link(self._name, kept, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
+    def reopen(self, begun: Entry) -> None:
+        """The run is to be undone: it is pending again, if it was settled."""
+        if not self._may_be_pending:
+            self.begin(begun)
+
+    def go_back(self, former: Entry | None) -> None:
+        """The run was undone: what the journal said before it began is true again, and said again if it was settled."""
+        said = former
+        with suppress(JournalError):
+            said = self._understood(self._name, self._read(self._name))
+        if said != former:
+            if former is None:
+                self._unlink(self._name)
+            else:
+                self._write(former, self._name)
+        self._former = former
+        self.discard()
+
     def discard(self) -> None:
-        """The run was undone, and what the journal said before it began is true again."""
+        """The run that is pending was undone."""
         if self._may_be_pending:
             self._unlink(self._pending)
         self._begun, self._may_be_pending = None, False
@@ -320,7 +354,8 @@ def _said(what: str) -> Generator[None]:
         raise JournalError(f"{what}: {error.strerror}", next_step=step) from error
 
 
-def _is_another(former: Entry, entry: Entry) -> bool:
+def is_another(former: Entry, entry: Entry) -> bool:
+    """Whether these are two states."""
     return former.desired != entry.desired or (former.backend, former.layout) != (entry.backend, entry.layout)
 
 

@@ -1,184 +1,88 @@
-"""From one dialect to another, so that each flow is captured once at every moment.
+"""The operation `migrate`: ours brought to another dialect. `netapply.exchange` is how.
 
-First the old rule set stands alone, then both, then the new one alone. That neither misses a flow nor takes it twice:
-
-- NAT is decided once for a connection: the kernel's hook for NAT (net/netfilter/nf_nat_core.c: nf_nat_inet_fn) asks the
-  nat chains of all dialects by priority, and asks no more once one has said where to. Whichever is first says what the
-  other would have said; where the two would say otherwise, as their plans differ, the old or the new answer holds.
-- TPROXY, the marks, zones, returns and drops do the same if they are done twice. A zone that is set stays.
-- What is left is that one dialect sees a packet that the other has marked. Where inbound is TPROXY, the mark says "from
-  the proxy, in the client's name" when it comes in by `lo`, and is then saved for the connection. So while both stand
-  only what comes in by `lo` has its mark saved (`beside`): whatever else is marked was marked by the other.
-
-Routing serves both, and what only the old one needs goes last. Undoing is the same the other way round.
+with Namespace.open("pod-1") as namespace:
+    result = migrate(namespace, plan, "nftables")
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from contextlib import suppress
-from typing import TypeAlias
 
-from netapply import routing
-from netapply.backend import Backend, Owned, find_backend, readable
-from netapply.compiler.terms import rule
-from netapply.errors import ApplyError, JournalError
-from netapply.journal import Entry, Files, State
+from netapply.backend import find_backend
+from netapply.core import attempt, compiled, refuse_waiting
+from netapply.detection import holding_ours, probe
+from netapply.errors import ConflictError, UnsupportedError
+from netapply.exchange import Exchange
+from netapply.journal import NOWHERE, Entry, Journal
 from netapply.namespace import Namespace
-from netapply.ownership import PREFIXES, ownership
-from netapply.ruleset import Chain, IfaceMatch, Routing, Rule, Ruleset, Sysctl
-from netapply.transaction import Outcome, Transaction
-
-FROM_LO = IfaceMatch("in", "lo")
-#: Is asked whether connections go where they should, and raises NetapplyError where they do not.
-Proof: TypeAlias = Callable[[], None] | None
+from netapply.ownership import NOTHING, PREFIXES, Adoption
+from netapply.plan import CapturePlan
+from netapply.results import Result
+from netapply.ruleset import Routing
+from netapply.session import also_used, owned_by, take
 
 
-def beside(ruleset: Ruleset | None) -> Ruleset | None:
-    """The rule set that means the same with another dialect's at its side. Pure."""
-    if ruleset is None:
-        return None
-    tables = (table._replace(chains=tuple(map(_beside, table.chains))) for table in ruleset.tables)
-    return ruleset._replace(tables=tuple(tables))
+def migrate(
+    namespace: Namespace,
+    plan: CapturePlan,
+    to: str,
+    *,
+    layout: str = "netapply",
+    adopt: Adoption | None = None,
+    journal: Journal | None = None,
+    fingerprint: str = "",
+    proof: Callable[[], None] | None = None,
+    reason: str = "",
+) -> Result:
+    """Make the namespace hold `plan` in the dialect of backend `to`, and nothing of ours in another.
 
-
-def _beside(chain: Chain) -> Chain:
-    return chain._replace(head=tuple(map(_saving, chain.head)), rules=tuple(map(_saving, chain.rules)))
-
-
-def _saving(each: Rule) -> Rule:
-    """Saves marks in hook prerouting only; rules there may ask where a packet came in."""
-    saves = each.statement.kind in ("set-connmark", "save-mark")
-    if not saves or any(match.kind == "iface" for match in each.matches):
-        return each
-    return each._replace(matches=rule(each.path, each.statement, FROM_LO, *each.matches).matches)
-
-
-class Migration:
-    """One way from one dialect to another, in one namespace."""
-
-    def __init__(
-        self, namespace: Namespace, leaving: Backend, coming: Backend, owned: Owned, files: Files | None
-    ) -> None:
-        self._namespace = namespace
-        self._leaving = leaving
-        self._coming = coming
-        self._owned = owned
-        self._files = files
-        self._step = "read what is there"
-
-    def run(self, entry: Entry, adopted: Routing, proof: Proof) -> Outcome:
-        """Go all the way to `entry.desired`, or raise ApplyError after going back."""
-        ruleset = readable(self._leaving.read(self._namespace, self._owned).ruleset)
-        standing = routing.read(self._namespace, entry.desired.routing, entry.created, adopted)
-        wanted = routing.plan(standing, entry.desired.routing)
-        created = routing.remember(standing.ours, [step for step in wanted if step.add])
-        own = dict(standing.ours.sysctls)  # with the values that they get back; what stands is what the kernel says
-        held = tuple(each for each in standing.present.sysctls if each.name in own)
-        before = State(ruleset, standing.ours._replace(sysctls=held))
-        begun = entry._replace(pending=True, before=before, created=created, leaving=self._leaving.name)
-        self._namespace.verify_identity()
-        if self._files is not None:
-            self._files.begin(begun)
-        done: list[str] = []
-        try:
-            known = self._exchange(
-                self._leaving, before, self._coming, entry.desired, standing.ours, adopted, proof, done
+    Every flow is captured once all the while: see `netapply.exchange`. `proof` is called once while both dialects
+    stand and once at the end, and raises NetapplyError where connections do not go where they should. With `adopt`,
+    what another program left in any layout that we know of is left behind too. Where nothing of ours stands, or only
+    in this dialect, it is an apply. Raises as `apply` does; after ApplyError the old dialect holds what it held.
+    """
+    begun = time.perf_counter()
+    refuse_waiting(plan)
+    coming = find_backend(to)
+    with take(namespace, journal or Journal(), "migrate", reason) as session:
+        adopted = adopt() if adopt is not None else NOTHING
+        found = probe(namespace, coming)
+        if found.status != "usable":
+            raise UnsupportedError(f"{to} is {found.status} here: {found.reason}", next_step="netapply detect")
+        desired, effective, degraded = compiled(namespace, plan, coming, found.missing, layout)
+        owned = owned_by(session.entry, layout, desired.ruleset, adopted)
+        if adopt is not None:
+            owned = owned._replace(prefixes=PREFIXES)
+        held, unseen = holding_ours(namespace, owned, (*also_used(session.entry), to))
+        if len(set(held)) > 1:
+            raise ConflictError(
+                f"rules of ours stand in {len(held)} dialects at once: {', '.join(held)}",
+                dialects=held,
+                next_step="`netapply clean --backend NAME` removes them from one; then migrate",
             )
-            self._step = "prove that connections are captured"
-            if proof is not None:
-                proof()
-            self._step = "commit the journal"
-            if self._files is not None:
-                self._files.settle(begun._replace(created=known, leaving=""))
-        except BaseException as error:  # also an interrupt is undone
-            self._undo(begun, adopted, error)
-            raise
-        return Outcome(tuple(done), known, ruleset)
-
-    def _exchange(
-        self,
-        old: Backend,
-        from_state: State,
-        new: Backend,
-        to: State,
-        known: Routing,
-        adopted: Routing,
-        proof: Proof,
-        done: list[str],
-    ) -> Routing:
-        """Have `new` hold `to` and `old` nothing; returns the routing that is ours then."""
-        both = _union(from_state.routing, to.routing)
-        stages: tuple[tuple[Backend, State], ...] = (
-            (old, State(beside(from_state.ruleset), both)),
-            (new, State(beside(to.ruleset), both)),
-            (old, State(None, both)),
-            (new, to),
-        )
-        for number, (backend, state) in enumerate(stages):
-            if number == 0 and state.ruleset == from_state.ruleset:
-                continue
-            self._step = f"bring {backend.name} to stage {number + 1} of {len(stages)}"
-            transaction = Transaction(self._namespace, backend, self._owned, None, adopted=adopted)
-            known = transaction.bring(state, known)
-            done += [f"{backend.name}: {step}" for step in transaction.done]
-            if number == 1 and proof is not None:
-                self._step = "prove that connections are captured while both stand"
-                proof()
-        return known
-
-    def _undo(self, begun: Entry, adopted: Routing, error: BaseException) -> None:
-        failed = self._step
-        try:
-            self._back(begun, adopted)
-            # A journal that cannot be written still says "pending", and the next command finds nothing left to undo.
-            with suppress(JournalError):
-                if self._files is not None:
-                    self._files.discard()
-        except BaseException as second:  # noqa: BLE001 - whatever it is, both causes are raised
-            raise ApplyError(failed, error, restored=False, rollback=second) from error
-        if isinstance(error, Exception):
-            raise ApplyError(failed, error, restored=True) from error
-
-    def _back(self, begun: Entry, adopted: Routing) -> Routing:
-        self._namespace.forget()
-        known = begun.created
-        desired, before = begun.desired, begun.before
-        # From wherever it is: the old stands whole before anything of the new goes.
-        old = Transaction(self._namespace, self._leaving, self._owned, None, adopted=adopted)
-        both = _union(before.routing, desired.routing)
-        known = old.bring(State(beside(before.ruleset), both), known)
-        return self._exchange(
-            self._coming, State(None, desired.routing), self._leaving, before, known, adopted, None, []
-        )
-
-    def restore(self, entry: Entry) -> str:
-        """Finish or undo an interrupted run, and say which. Raises NetapplyError if neither held."""
-        self._namespace.forget()
-        coming = Transaction(self._namespace, self._coming, self._owned, None)
-        gone = self._leaving.read(self._namespace, self._owned).ruleset is None
-        if gone and coming.holds(entry.desired, entry.created):
-            said, settled = "found finished", entry
+        if not held or held[0] == to:
+            done = attempt(
+                namespace,
+                session,
+                plan,
+                layout,
+                fingerprint,
+                adopted,
+                coming,
+                found.missing,
+                count_flows=False,
+                cancelled=lambda: False,
+                proof=proof,
+            )
+            why = "holds our rules already" if held else "nothing of ours was here yet"
         else:
-            known = self._back(entry, entry.before.routing)
-            said = f"undone (back to {self._leaving.name})"
-            settled = entry._replace(backend=self._leaving.name, desired=entry.before, created=known)
-        if self._files is not None:
-            self._files.settle(settled._replace(leaving=""))
-        return said
-
-
-def restore(namespace: Namespace, entry: Entry, files: Files) -> str:
-    """`Migration.restore` of what the journal says."""
-    owned = ownership("netapply", (entry.before.ruleset, entry.desired.ruleset))._replace(prefixes=PREFIXES)
-    return Migration(namespace, find_backend(entry.leaving), find_backend(entry.backend), owned, files).restore(entry)
-
-
-def _union(first: Routing, second: Routing) -> Routing:
-    settings = {**dict(first.sysctls), **dict(second.sysctls)}
-    return Routing(
-        tuple(dict.fromkeys((*first.rules, *second.rules))),
-        tuple(dict.fromkeys((*first.routes, *second.routes))),
-        tuple(dict.fromkeys((*first.addresses, *second.addresses))),
-        tuple(Sysctl(name, value) for name, value in settings.items()),
-    )
+            known = session.entry.created if session.entry else Routing()
+            entry = Entry(True, to, NOWHERE, desired, known, layout, fingerprint)
+            outcome = Exchange(namespace, find_backend(held[0]), coming, owned, session.files).run(
+                entry, adopted.routing, proof
+            )
+            why = f"from {held[0]}"
+            done = Result(True, to, why, outcome.steps, session.degraded + degraded, session.notes, ipv6=effective.ipv6)
+        done = session.told(done, layout, fingerprint)
+    return done._replace(reason=why, degraded=unseen + done.degraded, duration=time.perf_counter() - begun)

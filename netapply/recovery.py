@@ -10,11 +10,10 @@ from __future__ import annotations
 from netapply import history
 from netapply.backend import find_backend
 from netapply.errors import JournalError, NetapplyError
-from netapply.journal import KEPT, Entry, Files, Journal, State
+from netapply.journal import KEPT, NOWHERE, Entry, Files, Journal
 from netapply.namespace import Namespace
 from netapply.ownership import NOTHING, ownership
 from netapply.results import Result
-from netapply.ruleset import Routing
 from netapply.transaction import Transaction
 
 
@@ -26,12 +25,12 @@ def recover(namespace: Namespace, *, journal: Journal | None = None) -> Result:
         if entry is None or not entry.pending:
             return Result(False, entry.backend if entry else "", "nothing was interrupted here")
         said = _restore(namespace, entry, files)
-        event = history.event_of(namespace, "recover", "")
-        told = history.record(files, event._replace(result=said, backend=entry.backend, state=files.number))
+        stands, told = _told(namespace, files, said)
     finally:
         files.close()
     reason = f"an interrupted run was {said}"
-    return Result(said.startswith("undone"), entry.backend, reason, notes=(told,) if told else ())
+    backend = stands.backend if stands else entry.backend
+    return Result(said.startswith("undone"), backend, reason, notes=(told,) if told else ())
 
 
 def resolve(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[str, ...]]:
@@ -47,9 +46,16 @@ def resolve(namespace: Namespace, files: Files) -> tuple[Entry | None, tuple[str
     except NetapplyError as error:
         # Whoever comes next brings the namespace to a state of its own, from wherever it is.
         return entry, (f"an interrupted run could not be undone ({error})",)
-    event = history.event_of(namespace, "recover", "")
-    history.record(files, event._replace(result=said, backend=entry.backend, state=files.number))
-    return files.load(), (f"an interrupted run was {said}",)
+    return _told(namespace, files, said)[0], (f"an interrupted run was {said}",)
+
+
+def _told(namespace: Namespace, files: Files, said: str) -> tuple[Entry | None, str]:
+    """What stands, as the journal says now, once the history has it; and what there is to say of that."""
+    stands = files.load()
+    event = history.event_of(namespace, "recover", "")._replace(result=said, state=files.number)
+    if stands is not None:
+        event = event._replace(backend=stands.backend, layout=stands.layout, fingerprint=stands.fingerprint)
+    return stands, history.record(files, event)
 
 
 def past(files: Files | None, entry: Entry | None, back: int) -> Entry:
@@ -60,7 +66,7 @@ def past(files: Files | None, entry: Entry | None, back: int) -> Entry:
             next_step="apply the plan that you want",
         )
     if back == files.number + 1:
-        return entry._replace(desired=State(None, Routing()), fingerprint="", number=-1)
+        return entry._replace(desired=NOWHERE, fingerprint="", number=-1)
     found = files.past(back)
     if found is None:
         raise NetapplyError(
@@ -83,8 +89,8 @@ def _load(files: Files) -> Entry | None:
 
 def _restore(namespace: Namespace, entry: Entry, files: Files) -> str:
     if entry.leaving:
-        from netapply import migration  # is seldom interrupted
+        from netapply import exchange  # is seldom interrupted
 
-        return migration.restore(namespace, entry, files)
+        return exchange.restore(namespace, entry, files)
     owned = ownership("netapply", (entry.before.ruleset, entry.desired.ruleset), NOTHING)
     return Transaction(namespace, find_backend(entry.backend), owned, files).restore(entry)

@@ -55,6 +55,12 @@ class Standing(NamedTuple):
     present: Routing = NOTHING
     ours: Routing = NOTHING
 
+    @property
+    def held(self) -> Routing:
+        """What is ours as a state to come back to: settings with the values of now."""
+        own = dict(self.ours.sysctls)
+        return self.ours._replace(sysctls=tuple(each for each in self.present.sysctls if each.name in own))
+
 
 _NOTHING_STANDS = Standing()
 

@@ -30,7 +30,7 @@ from typing import Literal, Self, TypeAlias
 from netapply import routing
 from netapply.backend import Backend, Counters, Probe, find_backend
 from netapply.compiler import compile_plan, compile_routing
-from netapply.core import refuse_waiting, rule_counters
+from netapply.core import refuse_waiting
 from netapply.detection import PREFERENCE, pick
 from netapply.differences import ruleset_changes
 from netapply.errors import ApplyError, CancelledError, ConflictError, NamespaceError, NetapplyError, UnsupportedError
@@ -38,6 +38,7 @@ from netapply.evaluate import evaluate
 from netapply.existing import treated_otherwise
 from netapply.features import degrade
 from netapply.flow import Decision, Flow
+from netapply.inspection import rule_counters
 from netapply.journal import State
 from netapply.ownership import Adoption
 from netapply.plan import CapturePlan

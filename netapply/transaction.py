@@ -8,12 +8,12 @@ the same function with another state.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
 from netapply import routing
-from netapply.backend import OURS, Backend, Owned, Snapshot, Step, readable
+from netapply.backend import Backend, Owned, Snapshot, readable
 from netapply.errors import ApplyError, CancelledError, ConflictError, GenerationChanged, JournalError, NetapplyError
 from netapply.journal import Entry, Files, State
 from netapply.namespace import Namespace
@@ -35,11 +35,15 @@ class Outcome(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What was there when a run began: as a state to come back to, and as it was read."""
+    """What was there when a run began: as it was read, and in the journal."""
 
-    before: State
     snapshot: Snapshot
     standing: routing.Standing
+    #: With the state to come back to.
+    begun: Entry
+    former: Entry | None
+    #: A run before this one could be neither finished nor undone: what the journal said is of that.
+    unresolved: bool
 
 
 class Transaction:
@@ -60,8 +64,6 @@ class Transaction:
         self._owned = owned
         self._files = files
         self._adopted = adopted
-        #: What the journal is to say before a change that may be seen halfway.
-        self._ahead: Entry | None = None
         #: Whether it is known that nothing of ours stands beside the rules.
         self._rules_alone = False
         #: Asked before each step of the way forward; the way back is never cancelled.
@@ -74,9 +76,9 @@ class Transaction:
     def run(self, entry: Entry, previous: Entry | None = None, *, settle: bool = True) -> Outcome:
         """Bring the namespace to `entry.desired`. No step, and no journal, when it is there already.
 
-        `entry.created` is the routing known as ours from before; `previous` is what the journal says now, and will say
-        again after a roll-back. Without `settle` the caller has the journal say what stands. Raises ApplyError after a
-        roll-back.
+        `entry.created` is the routing known as ours from before; `previous` is what the journal says now: where that
+        knows of no routing of ours, none is looked for. Without `settle` the caller has the journal say what stands.
+        Raises ApplyError after a roll-back.
         """
         snapshot = self._backend.read(self._namespace, self._owned)
         self._rules_alone = previous is not None and previous.created == self._adopted == routing.NOTHING
@@ -85,12 +87,14 @@ class Transaction:
         steps = self._backend.encode(snapshot, entry.desired.ruleset)
         if not wanted and not steps:
             return Outcome((), standing.ours, entry.desired.ruleset)
-        before = State(readable(snapshot.ruleset), standing.ours)
+        before = State(readable(snapshot.ruleset), standing.held)
         known = routing.remember(standing.ours, [step for step in wanted if step.add])
         self._namespace.verify_identity()
-        begun = self._ahead = entry._replace(pending=True, before=before, created=known)
-        if wanted or self._shows_halfway(steps):
-            self._write_ahead()
+        begun = entry._replace(pending=True, before=before, created=known)
+        start = Start(snapshot, standing, begun, None, unresolved=False)
+        if self._files is not None:
+            start = start._replace(former=self._files.former, unresolved=self._files.may_be_pending)
+            self._files.begin(begun)
         try:
             created = self._converge(entry.desired, entry.created, (snapshot, standing))
             self._prove(entry.desired, created)
@@ -103,11 +107,7 @@ class Transaction:
             if settle:
                 self._settle(begun._replace(created=created))
         except BaseException as error:  # also an interrupt is undone
-            self._ahead = None
-            undone = begun._replace(desired=before)
-            if previous is not None and not self._backend.encode(snapshot, previous.desired.ruleset):
-                undone = previous  # says the same, and which plan paths the rules came from
-            self._undo(Start(before, snapshot, standing), known, undone, error)
+            self._undo(start, error)
             raise
         return Outcome(tuple(self._done), created, before.ruleset)
 
@@ -129,19 +129,6 @@ class Transaction:
         """Whether `state` stands."""
         return not self._differs(state, record)
 
-    def _shows_halfway(self, steps: Sequence[Step]) -> bool:
-        """Whether a run that dies may leave what is neither before nor after, or what only the journal knows as ours.
-
-        After one atomic step there is nothing to undo: the next command sees what there is.
-        """
-        atomic = len(steps) <= 1 and all(getattr(step, "atomic", False) for step in steps)
-        return not atomic or self._owned.prefixes != OURS.prefixes
-
-    def _write_ahead(self) -> None:
-        if self._ahead is not None and self._files is not None:
-            self._files.begin(self._ahead)
-        self._ahead = None
-
     def restore(self, entry: Entry) -> str:
         """Finish or undo an interrupted run, and say which. Raises NetapplyError if neither held."""
         self._namespace.forget()  # what is remembered is of before the run
@@ -151,35 +138,40 @@ class Transaction:
             return "found finished"
         created = self._converge(entry.before, entry.created)
         self._prove(entry.before, created)
-        self._settle(entry._replace(desired=entry.before, created=created))
+        if self._files is not None:
+            self._files.discard()
         return f"undone ({'; '.join(self._done)})" if self._done else "found to have changed nothing"
 
-    def _undo(self, start: Start, known: Routing, undone: Entry, error: BaseException) -> None:
-        """Back to `before`. Raises ApplyError, saying whether that held; returns after an interrupt, if it did."""
+    def _undo(self, start: Start, error: BaseException) -> None:
+        """Back to what was. Raises ApplyError, saying whether that held; returns after an interrupt, if it did."""
         failed, self._done, self._cancelled = self._step, [], lambda: False
         try:
-            created = start.standing.ours
-            if not self._is_as_at(start, known):
-                created = self._converge(start.before, known)
-                self._prove(start.before, created)
+            created, before = start.standing.ours, start.begun.before
+            with suppress(JournalError):
+                if self._files is not None:
+                    self._files.reopen(start.begun)
+            if not self._is_as_at(start):
+                created = self._converge(before, start.begun.created)
+                self._prove(before, created)
             # A journal that cannot be written still says "pending", and the next command finds nothing left to undo.
             with suppress(JournalError):
-                if undone.pending or undone.created != created:
-                    self._settle(undone._replace(created=created))
+                if start.unresolved:
+                    self._settle(start.begun._replace(desired=before, created=created, fingerprint=""))
                 elif self._files is not None:
-                    self._files.discard()
+                    self._files.go_back(start.former)
         except BaseException as second:  # noqa: BLE001 - whatever it is, both causes are raised
             raise ApplyError(failed, error, restored=False, rollback=second) from error
         if not isinstance(error, Exception):
             return
         raise ApplyError(failed, error, restored=True) from error
 
-    def _is_as_at(self, start: Start, known: Routing) -> bool:
+    def _is_as_at(self, start: Start) -> bool:
         """Whether nothing has happened yet: then what is strange among ours can stay, too."""
         there = self._backend.read(self._namespace, self._owned)
-        standing = self._standing(start.before.routing, known)
+        before = start.begun.before.routing
+        standing = self._standing(before, start.begun.created)
         same = there.ruleset == start.snapshot.ruleset and standing.ours == start.standing.ours
-        return same and not any(step.add for step in routing.plan(standing, start.before.routing))
+        return same and not any(step.add for step in routing.plan(standing, before))
 
     def _converge(
         self, state: State, record: Routing, read: tuple[Snapshot, routing.Standing] | None = None
@@ -215,8 +207,6 @@ class Transaction:
                 snapshot = self._backend.read(self._namespace, self._owned)
             self._step = "encode the rules"
             steps = self._backend.encode(snapshot, state.ruleset)
-            if self._shows_halfway(steps):
-                self._write_ahead()
             try:
                 for step in steps:
                     self._do(step.name, partial(self._backend.commit, self._namespace, step))

@@ -33,7 +33,6 @@ class Snapshot(NamedTuple):  # of the table `name`
 class Step(NamedTuple):  # one batch
     name: str
     text: str
-    atomic: bool = True
 
 
 class NftText:

@@ -219,10 +219,10 @@ def test_a_closed_namespace_leaves_no_descriptor_open(netns: Netns, tmp_path: Pa
 
 @each_nft_backend
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_run_that_dies_around_its_one_atomic_step_needs_no_journal(
+def test_a_run_that_dies_around_its_one_step_leaves_what_was_or_what_should_be(
     netns: Netns, backend: str, when: str, tmp_path: Path
 ) -> None:
-    """It left what was, or what should be: the next apply goes on from there, and clean needs no plan."""
+    """The next apply goes on from there, and clean needs no plan."""
     empty = foreign.picture(netns)
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(netapply.dump_plan(PLAN)))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
-from netapply import core, reader
+from netapply import core, inspection, reader
 from netapply.backend import OURS, Owned, find_backend
 from netapply.cli import main
 from netapply.errors import ConflictError, KernelError, NetapplyError, UnsupportedError
@@ -139,7 +139,7 @@ def test_what_was_counted_is_no_difference(kernel: Namespace, journal: Journal, 
             sock.connect(("127.0.0.1", 9))
 
     netns.enter(send)
-    assert any(each.packets for each in core.show(kernel, backend=name))
+    assert any(each.packets for each in inspection.show(kernel, backend=name))
     assert deep_changes(kernel, name) == ()
 
 
@@ -161,7 +161,7 @@ def test_rules_that_iptables_saved_and_restored_are_no_difference(
     saved = netns.run("iptables-nft-save")
     netns.run("iptables-nft-restore", stdin=saved)
     assert "tcp dport" in netns.run("nft", "--json", "list", "ruleset").replace('"field": "dport"', "tcp dport")
-    assert core.verify(kernel, plan, backend="iptables-nft").changes == ()
+    assert inspection.verify(kernel, plan, backend="iptables-nft").changes == ()
     assert deep_changes(kernel, "iptables-nft") == ()
 
 
@@ -251,7 +251,7 @@ def test_deep_verification_reports_what_nft_changed_behind_our_back(
     plan = CapturePlan()
     core.apply(kernel, plan, backend=name, journal=journal)
     netns.run("nft", change)
-    assert core.verify(kernel, plan, backend=name).changes + deep_changes(kernel, name)
+    assert inspection.verify(kernel, plan, backend=name).changes + deep_changes(kernel, name)
 
 
 class Wrong:
@@ -477,7 +477,7 @@ def test_a_missing_reader_harms_nothing_else(
     _without_binding(monkeypatch)
     _without_library(monkeypatch)
     assert core.apply(kernel, CapturePlan(), backend="nftables", journal=journal).changed
-    assert core.verify(kernel, CapturePlan()).same
+    assert inspection.verify(kernel, CapturePlan()).same
     assert core.clean(kernel, journal=journal).changed
 
 

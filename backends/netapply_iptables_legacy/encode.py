@@ -63,7 +63,7 @@ class ReplaceTable(NamedTuple):
 class ReplaceTables(NamedTuple):
     """The step that exchanges tables, one right after the other; where one is refused, those before go back.
 
-    It is not `atomic`: who is killed between two leaves the first new and the second old, so the journal has to know.
+    Who is killed between two leaves the first new and the second old: the journal knows what was and what should be.
     """
 
     tables: tuple[ReplaceTable, ...]

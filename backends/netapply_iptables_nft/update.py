@@ -29,7 +29,6 @@ class Batch(NamedTuple):
     name: str
     changes: tuple[Change, ...]
     generation: int
-    atomic: bool = True
 
 
 Steps: TypeAlias = tuple[CreateSet | Batch | DestroySet, ...]

@@ -25,7 +25,6 @@ class Step(NamedTuple):
     name: str
     batch: Batch
     generation: int
-    atomic: bool = True
 
 
 class Nftables:

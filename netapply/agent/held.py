@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from netapply import core, routing
+from netapply import core, inspection, routing
 from netapply.agent.events import Cause
 from netapply.agent.listening import listening_ports, proxy_ports
 from netapply.agent.model import FailMode
@@ -244,7 +244,7 @@ class Held:
 
     def stands(self) -> bool:
         """Whether anything of ours stands here."""
-        return bool(core.live(self.namespace, journal=self._journal))
+        return bool(inspection.live(self.namespace, journal=self._journal))
 
     def clean(self, reason: str = "") -> Result:
         """Take down all that is ours. `reason` is for the history. Raises NetapplyError."""
@@ -253,7 +253,7 @@ class Held:
 
     def counters(self, layout: str) -> tuple[RuleCounter, ...]:
         """Our live rules with their counters. Raises NetapplyError."""
-        return core.show(self.namespace, layout=layout, journal=self._journal)
+        return inspection.show(self.namespace, layout=layout, journal=self._journal)
 
     def close(self) -> None:
         """Let go of the namespace, which keeps its rules. Idempotent."""

@@ -67,7 +67,6 @@ class _Step(NamedTuple):
 
     name: str
     inner: Any
-    atomic: bool = False
 
 
 class Mistaken:
@@ -108,9 +107,7 @@ class Mistaken:
             left = (*current.inner.ruleset.tables[:1],) if current.inner.ruleset else ()
             wanted = Ruleset(tuple(_remains(table) for table in left)) if left else None
             self.made = True
-        steps = [
-            _Step(each.name, each, getattr(each, "atomic", False)) for each in self._inner.encode(current.inner, wanted)
-        ]
+        steps = [_Step(each.name, each) for each in self._inner.encode(current.inner, wanted)]
         if habit == "always changes" and current.ours and desired is not None and not steps:
             steps.append(_Step("change nothing", None))
             self.made = True
