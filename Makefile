@@ -28,7 +28,7 @@ oracles:
 	@for tool in iptables nft conntrack ip strace nsenter; do \
 	  command -v $$tool >/dev/null || { apt-get update -qq && apt-get install -y -qq $(ORACLES); break; }; done
 
-# Readers of three releases, unpacked under build/ from the machine's own mirror: seconds, once. MIRROR=URI for another.
+# Readers of three releases, and Prometheus, unpacked under build/ from the machine's own mirror: seconds, once. MIRROR=URI for another.
 userlands: $(VENV)/.installed
 	@$(PY) -m tests.userlands $(if $(MIRROR),--mirror $(MIRROR))
 
