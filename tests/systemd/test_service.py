@@ -73,8 +73,8 @@ def _as_new(machine: Machine) -> Iterator[None]:
     machine.until(lambda: not states(machine), "plans are still in force")
 
 
-def states(machine: Machine) -> dict[str, str]:
-    answer: Any = json.loads(machine.netapply("status", "-o", "json", check=False))
+def states(machine: Machine, netapply: str = NETAPPLY) -> dict[str, str]:
+    answer: Any = json.loads(machine.run(netapply, "status", "-o", "json", check=False))
     assert answer["ok"], answer
     return {each["name"]: each["state"] for each in answer["namespaces"]}
 
