@@ -33,7 +33,7 @@ pictures: $(VENV)/.installed
 	for number in 1 2 3 4 5 6; do \
 	  $(VENV)/bin/netapply graph docs/pictures/capture.yaml --backend nftables --flow $$number >docs/pictures/type-$$number.svg || exit 1; done
 
-# Readers of three releases, unpacked under build/ from the machine's own mirror: seconds, once. MIRROR=URI for another.
+# Readers of three releases, and Prometheus, unpacked under build/ from the machine's own mirror: seconds, once. MIRROR=URI for another.
 userlands: $(VENV)/.installed
 	@$(PY) -m tests.userlands $(if $(MIRROR),--mirror $(MIRROR))
 

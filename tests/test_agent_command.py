@@ -37,11 +37,11 @@ class Running:
         self.plan = place / "plan.yaml"
         self.plan.write_text(PLAN)
 
-    def start(self, *words: str) -> None:
+    def start(self, *words: str, before: tuple[str, ...] = ()) -> None:
         places = {"plans": self.plans, "state": self.place / "state", "socket": self.socket}
         places["read-socket"] = self.place / "read.sock"
         flags = [f"--{name}={value}" for name, value in places.items()]
-        command = [sys.executable, "-m", "netapply", "agent", *flags, "--log=json", *words]
+        command = [*before, sys.executable, "-m", "netapply", "agent", *flags, "--log=json", *words]
         with open(self.place / "log", "ab") as log:
             self.process = subprocess.Popen(command, stderr=log)
         for _ in range(PATIENCE * 20):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from netapply.agent.prometheus import MOST_PROCESSES, OTHERS, Count, Decisions, 
 from netapply.errors import NamespaceError
 from netapply.results import RuleCounter
 from tests.agent_double import AgentDouble
-from tests.netns import PATIENCE
+from tests.prometheus import promtool
 
 DOCS = Path(__file__).parent.parent / "docs" / "prometheus"
 NAME = re.compile(r"\bnetapply_\w+")
@@ -95,15 +93,6 @@ async def test_a_scrape_reads_for_a_bounded_time_and_the_longest_unread_first() 
     assert sorted(read[:3]) == ["a", "b", "c"]
     assert read[3] == read[0]
     assert decisions.totals["outbound"].packets == 2
-
-
-def promtool(*words: str, stdin: str = "") -> None:
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool is not installed (Debian: prometheus)")
-    done = subprocess.run(
-        ["promtool", *words], input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 async def test_promtool_accepts_the_metrics(text: str) -> None:

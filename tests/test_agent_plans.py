@@ -161,6 +161,45 @@ async def test_a_pid_file_names_the_namespace_of_a_process(tmp_path: Path, plans
         process.wait()
 
 
+async def test_a_directory_that_comes_late_is_seen_with_what_is_in_it_already(
+    tmp_path: Path, plans: Path, netns: Netns
+) -> None:
+    write(plans, "a.yaml", f"glob: {tmp_path}/late/ns-*")
+    write(plans, "b.yaml", f"pidFile: {tmp_path}/app/app.pid")
+    process = netns.spawn("sleep", "60")
+    try:
+        await asyncio.sleep(0.2)  # until nsenter has entered
+        async with running(tmp_path, plans=str(plans)) as (agent, record):
+            (tmp_path / "app.new").mkdir()
+            (tmp_path / "app.new" / "app.pid").write_text(f"{process.pid}\n")
+            (tmp_path / "app.new").rename(tmp_path / "app")
+            await record.next("applied")
+            assert [status.name for status in agent.status()] == [f"pid:{process.pid}"]
+            (tmp_path / "late.new").mkdir()
+            (tmp_path / "late.new" / "ns-1").touch()
+            (tmp_path / "late.new").rename(tmp_path / "late")
+            await until(lambda: len(agent.status()) == 2)
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_plans_whose_directory_comes_late_are_read(tmp_path: Path, named_netns: Netns) -> None:
+    async with running(tmp_path, plans=str(tmp_path / "late")) as (agent, _):
+        (tmp_path / "new").mkdir()
+        write(tmp_path / "new", "a.yaml", f"path: {named_netns.name}")
+        (tmp_path / "new").rename(tmp_path / "late")
+        await until(lambda: [status.state for status in agent.status()] == ["inplace"])
+
+
+async def test_a_process_that_ends_while_its_plan_is_withdrawn_is_no_fault(tmp_path: Path, netns: Netns) -> None:
+    async with running(tmp_path) as (agent, _):
+        await agent.apply(netns.path, load_plan(PLAN))
+        (keeper,) = agent._keepers.values()
+        await keeper.close()  # as when the process has ended
+        await keeper.withdraw()
+
+
 async def test_labels_select_registered_namespaces(
     tmp_path: Path, plans: Path, make_netns: Callable[[], Netns]
 ) -> None:

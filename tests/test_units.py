@@ -69,6 +69,25 @@ def test_flags_of_the_agent_become_the_unit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("library", "backoff"),
+    [
+        ("usr/lib/systemd/libsystemd-shared-252.so", False),
+        ("usr/lib/x86_64-linux-gnu/systemd/libsystemd-shared-257.so", True),
+        ("usr/lib64/systemd/libsystemd-shared-256.5-1.fc41.so", True),
+        ("usr/lib/systemd/nothing", False),
+    ],
+)
+def test_a_systemd_that_knows_how_tries_more_and_more_rarely(tmp_path: Path, library: str, backoff: bool) -> None:
+    (tmp_path / library).parent.mkdir(parents=True)
+    (tmp_path / library).touch()
+    assert main(["install-unit", "--root", str(tmp_path)]) == 0
+    written = (tmp_path / PLACES["netapply.service"]).read_text()
+    assert ("RestartSteps=8\nRestartMaxDelaySec=60\n" in written) is backoff
+    assert "RestartSec=1\n" in written
+    assert "StartLimitIntervalSec=0\n" in written
+
+
+@pytest.mark.parametrize(
     ("python", "home"),
     [("/usr/bin/python3", "yes"), ("/opt/netapply/bin/python", "yes"), ("/home/me/venv/bin/python", "read-only")],
 )

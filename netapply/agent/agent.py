@@ -417,9 +417,10 @@ class Agent:
 
     # --- names that come and go ------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        for directory in self._desired.directories() - self._inotify.watched:
-            self._inotify.watch(directory)
+    def _watch(self) -> tuple[str, ...]:
+        """Watch what is not watched yet; the directories that are there by now, with names that nobody told of."""
+        missing = self._desired.directories() - self._inotify.watched
+        return tuple(directory for directory in missing if self._inotify.watch(directory))
 
     def _names_changed(self) -> None:
         listed = plans = False
@@ -456,7 +457,11 @@ class Agent:
         """Again and again: look where the kernel tells nothing, and at names that nobody tells of."""
         while True:
             begun = time.monotonic()
-            self._watch()
+            late = self._watch()
+            if any(map(self._desired.is_plans, late)):
+                self._plans_changed()
+            elif any(map(self._desired.lists, late)):
+                self._resolve()
             watched = self._inotify.watched
             self._recheck(
                 keeper

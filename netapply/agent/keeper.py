@@ -154,6 +154,9 @@ class Keeper:
             await self.remove()
         except NamespaceError:
             self._vanish()
+        except NetapplyError:
+            if not self._closed:  # its process ended meanwhile
+                raise
 
     async def reconcile(self) -> None:
         """Look at everything, and put right what is not as it should be; back when that was tried."""

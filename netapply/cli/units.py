@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,12 @@ PLACES: Mapping[str, str] = {
 MARK = "# Written by `netapply install-unit`, which writes it anew; your own settings go into a drop-in.\n"
 GROUP, METRICS, STATE = "netapply", "127.0.0.1:9469", "/var/lib/netapply"
 
+#: After some failures in a row from second to second, it is tried more and more rarely (systemd.service(5)).
+_BACKOFF = "\nRestartSteps=8\nRestartMaxDelaySec=60"
+_KNOWS_BACKOFF = 254
+#: Where distributions have the library of systemd's that bears its version in its name.
+_LIBRARIES = ("usr/lib/systemd", "usr/lib64/systemd", "usr/lib/*/systemd")
+
 _HOMES = ("/home/", "/root/", "/run/user/")
 _HIDDEN = ("/tmp/", "/var/tmp/")  # noqa: S108 - PrivateTmp= hides them from the unit
 #: What `systemctl enable` makes.
@@ -47,16 +55,17 @@ class Unit(NamedTuple):
     metrics: str = METRICS
     writable: tuple[str, ...] = ()
     home: bool = False
+    backoff: bool = False
 
 
 def install(arguments: Arguments, printer: Printer) -> int:
     """Write the units, or remove them; print what was done and what to run next."""
-    unit = unit_of(sys.executable, arguments.flags)
+    root = os.path.abspath(arguments.root)
+    unit = unit_of(sys.executable, arguments.flags)._replace(backoff=systemd_version(root) >= _KNOWS_BACKOFF)
     if arguments.only_print:
         for name in PLACES:
             printer.line(f"# {PLACES[name]}\n{render(name, unit)}")
         return 0
-    root = os.path.abspath(arguments.root)
     done = remove(root) if arguments.remove else write(root, unit)
     steps = next_steps(done, removed=arguments.remove, metrics="--metrics" in " ".join(arguments.flags))
     if printer.json:
@@ -96,6 +105,12 @@ def unit_of(python: str, flags: Sequence[str]) -> Unit:
     )
 
 
+def systemd_version(root: str) -> int:
+    """Of the systemd that is installed below `root`; 0 where none is found."""
+    paths = (path for place in _LIBRARIES for path in glob.glob(os.path.join(root, place, "libsystemd-shared-*.so")))
+    return max((int(found[1]) for path in paths if (found := re.search(r"shared-(\d+)", path))), default=0)
+
+
 def _without(flag: str, words: Sequence[str]) -> list[str]:
     kept: list[str] = []
     skip = False
@@ -118,6 +133,7 @@ def render(name: str, unit: Unit) -> str:
         "WRITABLE": "".join(f"\nReadWritePaths={_escaped(path)}" for path in unit.writable),
         "GROUP": unit.group,
         "METRICS": unit.metrics,
+        "BACKOFF": _BACKOFF if unit.backoff else "",
     }
     for key, value in values.items():
         text = text.replace(f"@{key}@", value)

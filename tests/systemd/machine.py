@@ -133,7 +133,7 @@ class Machine:
         return time.monotonic() - begun
 
 
-_PATH = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def _is_first(pid: str) -> bool:

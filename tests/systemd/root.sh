@@ -22,6 +22,14 @@ rm -rf "$root/wheelhouse" && mkdir "$root/wheelhouse"
 wheel=$(basename "$root"/wheelhouse/netapply-*.whl)
 "$python" -m pip download --quiet --dest "$root/wheelhouse" --only-binary :all: --python-version 3.11 \
   --platform manylinux2014_x86_64 "$root/wheelhouse/$wheel[agent]"
+# The same with a higher number, to upgrade to.
+newer=$(mktemp -d)
+cp -r "$here/netapply" "$here/backends" "$here/pyproject.toml" "$here/README.md" "$here/LICENSE" "$newer"
+sed -i 's/^version = .*/version = "99.0"/' "$newer/pyproject.toml"
+sed -i 's/^__version__ = .*/__version__ = "99.0"/' "$newer/netapply/__init__.py"
+rm -rf "$root/newer" && mkdir "$root/newer"
+"$python" -m build --wheel --outdir "$root/newer" "$newer" >/dev/null
+rm -rf "$newer"
 [ -x "$root/opt/netapply/bin/pip" ] || chroot "$root" python3 -m venv /opt/netapply
 pip="/opt/netapply/bin/pip install --quiet --no-index --find-links /wheelhouse"
 chroot "$root" $pip "netapply[agent]"

@@ -21,6 +21,22 @@ PLAN = "apiVersion: netapply/v1\nipv6: skip\n"
 FILED = PLAN + "namespaces: [{path: pod}]\n"
 MAY = ("enter a namespace and set what it may", "take the lock of iptables-legacy", "keep state")
 START = ("systemd-sysusers netapply.conf", "systemd-tmpfiles --create netapply.conf", "systemctl daemon-reload")
+#: What dockerd writes into both tables when it starts.
+DOCKER = """\
+*nat
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A DOCKER -i docker0 -j RETURN
+COMMIT
+*filter
+:FORWARD DROP [0:0]
+:DOCKER-USER - [0:0]
+-I FORWARD -j DOCKER-USER
+-A DOCKER-USER -j RETURN
+COMMIT
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +73,8 @@ def _as_new(machine: Machine) -> Iterator[None]:
     machine.until(lambda: not states(machine), "plans are still in force")
 
 
-def states(machine: Machine) -> dict[str, str]:
-    answer: Any = json.loads(machine.netapply("status", "-o", "json", check=False))
+def states(machine: Machine, netapply: str = NETAPPLY) -> dict[str, str]:
+    answer: Any = json.loads(machine.run(netapply, "status", "-o", "json", check=False))
     assert answer["ok"], answer
     return {each["name"]: each["state"] for each in answer["namespaces"]}
 
@@ -242,16 +258,40 @@ def test_an_agent_that_hangs_is_ended_by_the_watchdog_and_one_that_works_is_not(
     assert "Watchdog timeout" in machine.journal()
 
 
-def test_an_upgrade_loses_no_connection(machine: Machine, figure: Any) -> None:
+def test_an_upgrade_and_the_way_back_lose_no_connection_and_keep_the_table(machine: Machine, figure: Any) -> None:
     file_plan(machine)
-    pip = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--force-reinstall")
+    table = machine.run("ip", "netns", "exec", "pod", "nft", "-sa", "list", "ruleset")
+    pip = f"{PYTHON} -m pip install --quiet --no-index --no-deps --force-reinstall"
     with connections(machine) as answers:
-        machine.run("sh", "-c", f"{PYTHON} {' '.join(pip)} /wheelhouse/netapply-*.whl")
-        machine.netapply("install-unit")
-        machine.systemctl("restart", "netapply.service")
-        machine.until(lambda: list(states(machine).values()) == ["inplace"], "the new one does not keep it")
+        for place, version in (("newer", "99.0"), ("wheelhouse", "")):
+            machine.run("sh", "-c", f"{pip} /{place}/netapply-*.whl")
+            machine.netapply("install-unit")
+            machine.systemctl("restart", "netapply.service")
+            assert states(machine) == {"pod": "inplace"}
+            assert (machine.netapply("--version").split()[-1] == version) is bool(version)
     assert set(answers) == {"proxy"}, answers
-    figure(f"an upgrade: {answers['proxy']} connections, none astray")
+    assert machine.run("ip", "netns", "exec", "pod", "nft", "-sa", "list", "ruleset") == table  # handles and all
+    figure(f"an upgrade and back: {answers['proxy']} connections, none astray")
+
+
+def test_one_that_cannot_begin_is_tried_until_it_can_and_clients_wait(machine: Machine, figure: Any) -> None:
+    """There is no limit of starts: it would take the socket units with it."""
+    start = f"[Service]\nExecStart=\nExecStart={PYTHON} -I -m netapply agent --read-group not-yet\n"
+    machine.write("/etc/systemd/system/netapply.service.d/wrong.conf", start)
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", "netapply.service", check=False)
+    before = int(machine.show("netapply.service", "NRestarts")["NRestarts"])
+    took = machine.until(
+        lambda: int(machine.show("netapply.service", "NRestarts")["NRestarts"]) >= before + 6, "no tries"
+    )
+    assert machine.show("netapply.socket", "ActiveState")["ActiveState"] == "active"
+    assert "not-yet" in machine.journal()
+    client = machine.spawn(NETAPPLY, "status")
+    machine.run("groupadd", "not-yet")
+    assert "the agent keeps no namespace" in client.communicate(timeout=30)[0]
+    assert client.returncode == 0
+    assert machine.show("netapply.service", "ActiveState")["ActiveState"] == "active"
+    figure(f"6 starts in vain in {took:.1f} s")
 
 
 @pytest.fixture
@@ -292,17 +332,21 @@ def test_firewalld_and_docker_like_flushes_are_healed_and_their_rules_stay(machi
         for command in (
             "firewall-cmd --reload",
             "firewall-cmd --complete-reload",
-            f"{flush} -t nat -F",  # what the start of dockerd, or an admin, does
-            f"{flush} -t nat -N DOCKER",
+            f"{flush} -F",
+            f"{flush} -t nat -F",
+            f"{flush}-restore",  # of whole tables, which is what admins do at boot, and without what is ours
+            f"{flush}-restore --noflush",
         ):
-            machine.run(*command.split())
+            machine.run(*command.split(), stdin=DOCKER if "restore" in command else "")
             machine.until(lambda: ours() == whole, f"not healed after {command}")
         assert "table inet firewalld" in machine.run("nft", "list", "tables")
-        assert "DOCKER" in machine.run(f"{flush}-save")
+        saved = machine.run(f"{flush}-save")
+        assert saved.count("-A FORWARD -j DOCKER-USER\n") == 2  # once by each restore
+        assert "-A DOCKER -i docker0 -j RETURN\n" in saved
     finally:
         machine.systemctl("stop", "firewalld.service")
         machine.run("nft", "flush", "ruleset")
-        machine.run("sh", "-c", "iptables-legacy -t nat -F; iptables-legacy -t nat -X DOCKER; true")
+        machine.run("iptables-legacy-restore", stdin="*filter\nCOMMIT\n*nat\nCOMMIT\n")
     machine.until(lambda: ours() == whole, "not healed after its end")
 
 
