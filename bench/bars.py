@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from bench import coldstart, dataplane, lists, operations
+from bench.agents import Node
 from bench.figures import COUNTS, Figures
 from bench.measure import Spread
 from netapply.backend import BUILT_IN
@@ -15,6 +16,8 @@ CACHED = "backend"
 #: Milliseconds of `istio-iptables`, from exec to exit, in 15 fresh namespaces each, on 2 cores with Linux 6.18. These
 #: are quoted and not measured here, so this bar means something on a machine of that kind alone.
 ISTIO = {"nftables": 22.9, "iptables-nft": 41.9, "iptables-legacy": 16.4}
+#: Milliseconds from drift to healed, p50 (0.0 for none) and p99. iptables-legacy tells nothing: the bar is one poll.
+HEALED = {"nftables": (5.0, 50.0), "iptables-nft": (20.0, 50.0), "iptables-legacy": (0.0, 1005.0)}
 
 
 class Bar(NamedTuple):
@@ -37,6 +40,7 @@ class Bar(NamedTuple):
 def bars(figures: Figures) -> list[Bar]:
     """Those of the parts that were measured."""
     found = [bar for backend in BUILT_IN for bar in _of_dialect(figures, backend)]
+    found += [bar for backend, node in figures.agent.items() for bar in _of_agent(backend, node)]
     return [*found, *_coldstart(figures.coldstart)]
 
 
@@ -67,6 +71,17 @@ def _of_dialect(figures: Figures, backend: str) -> Iterator[Bar]:
     if figures.dataplane:
         times = (figures.dataplane[dataplane.name(backend, rules)].median for rules in ("with", "without"))
         yield Bar(f"{backend}: connect under 10,000 CIDRs, of without", next(times) / next(times), 1.15)
+
+
+def _of_agent(backend: str, node: Node) -> Iterator[Bar]:
+    yield Bar(f"{backend}: agent, {node.namespaces:,} namespaces, nothing in place, start", node.start, 1.5, "s")
+    yield Bar(f"{backend}: agent, {node.namespaces:,} namespaces, all in place, start", node.again, 1.5, "s")
+    yield Bar(f"{backend}: agent in quiet, of a core", node.share * 100, 1, "%")
+    yield Bar(f"{backend}: agent, memory", node.megabytes, 120, "MB")
+    p50, p99 = HEALED[backend]
+    if p50:
+        yield Bar(f"{backend}: from drift to healed, p50", node.quantile(0.5) * 1e3, p50, "ms")
+    yield Bar(f"{backend}: from drift to healed, p99", node.quantile(0.99) * 1e3, p99, "ms")
 
 
 def _coldstart(times: Mapping[str, Spread]) -> Iterator[Bar]:

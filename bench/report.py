@@ -7,7 +7,8 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bench import dataplane, fleet, lists, operations
+from bench import agents, dataplane, fleet, lists, operations
+from bench.agents import Node
 from bench.bars import Bar
 from bench.figures import COUNTS, Effort, Figures
 from bench.measure import Spread
@@ -48,6 +49,7 @@ def text(figures: Figures, bars: Sequence[Bar]) -> str:
         ]
         lines += _table(figures.lists, rows, lists.WAYS)
     lines += _namespaces(figures.namespaces)
+    lines += _agent(figures.agent)
     lines += _dataplane(figures.dataplane)
     if figures.coldstart:
         nothing = next(iter(figures.coldstart.values())).median
@@ -58,10 +60,19 @@ def text(figures: Figures, bars: Sequence[Bar]) -> str:
 
 def document(figures: Figures, bars: Sequence[Bar], effort: Effort) -> dict[str, Any]:
     """The same for programs; times are in milliseconds, ratios in `bars`."""
-    times = {part: _json(getattr(figures, part)) for part in figures._fields if part != "namespaces"}
+    times = {part: _json(getattr(figures, part)) for part in figures._fields if part not in ("namespaces", "agent")}
+    nodes = {backend: node.json() for backend, node in figures.agent.items()}
     totals = {f"{backend} {way}": round(total * 1e3, 3) for (backend, way), total in figures.namespaces.items()}
     judged = [{**bar._asdict(), "met": bar.met} for bar in bars]
-    return {"format": FORMAT, "machine": machine(), "effort": effort, **times, "namespaces": totals, "bars": judged}
+    return {
+        "format": FORMAT,
+        "machine": machine(),
+        "effort": effort,
+        **times,
+        "namespaces": totals,
+        "agent": nodes,
+        "bars": judged,
+    }
 
 
 def _json(value: Spread | Mapping[str, Any]) -> Any:
@@ -96,6 +107,21 @@ def _namespaces(totals: Mapping[tuple[str, str], float]) -> Iterator[str]:
         floor = totals[backend, "floor"]
         cells = (f"{totals[backend, way] * 1e3:.0f} x{totals[backend, way] / floor:<6.2f}" for way in fleet.WAYS)
         yield f"{backend:26}" + "".join(f"{cell:>20}" for cell in cells)
+
+
+def _agent(nodes: Mapping[str, Node]) -> Iterator[str]:
+    if not nodes:
+        return
+    yield from (
+        "",
+        "the agent: start with nothing and with all in place (s), quiet (% of a core, MB), from drift to healed (ms)",
+    )
+    for backend, node in nodes.items():
+        heals = ", ".join(f"{name} {node.quantile(part) * 1e3:.1f}" for name, part in agents.QUANTILES.items())
+        yield (
+            f"{backend:26}{node.namespaces} namespaces: {node.start:.2f} {node.again:.2f}"
+            f"    {node.share * 100:.2f} % {node.megabytes:.0f} MB, {node.descriptors} descriptors    {heals}"
+        )
 
 
 def _dataplane(times: Mapping[str, Spread]) -> Iterator[str]:

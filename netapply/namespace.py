@@ -97,15 +97,16 @@ class Namespace:
             self._identity = NamespaceId(*self._file, cookie_of(sock))
             return is_initial(self._identity)
 
-        return self.visit(look)
+        with self._lock:
+            return self._visit(look)
 
     @property
     def identity(self) -> NamespaceId:
         """What tells this namespace from all others. Raises NamespaceError where it cannot be entered."""
         if self._identity is None:
             with self._lock:
-                if not self._netlink:  # the beginning of a command, which looks at all of these
-                    self._visit(lambda: self._open_ahead((NETLINK_ROUTE, NETLINK_NETFILTER), _TABLES + _SOCKETS))
+                if not self._netlink:
+                    self._visit(self._begin)
                 self._identity = NamespaceId(*self._file, cookie_of(self._netlink_socket(NETLINK_ROUTE)))
         return self._identity
 
@@ -190,6 +191,14 @@ class Namespace:
             sock = self._inet[family] = self._visit(lambda: socket.socket(_FAMILY[family], _DATAGRAM))
         return sock
 
+    def _begin(self) -> None:
+        """The beginning of a command, which looks at all of these."""
+        self._open_ahead((NETLINK_ROUTE, NETLINK_NETFILTER), _TABLES + _SOCKETS)
+
+    def _begin_with(self, work: Callable[[], T]) -> T:
+        self._begin()
+        return work()
+
     def _open_ahead(
         self, protocols: tuple[NetlinkProtocol, ...], paths: tuple[str, ...], families: tuple[Family, ...] = ()
     ) -> None:
@@ -268,7 +277,7 @@ class Namespace:
     def visit(self, work: Callable[[], T]) -> T:
         """Run short `work`, such as opening a socket of one's own, while the calling thread is in the namespace."""
         with self._lock:
-            return self._visit(work)
+            return self._visit(work if self._netlink else lambda: self._begin_with(work))
 
     def close(self) -> None:
         """Let go of the namespace: at once but for its netlink sockets, which follow some 30 ms later. Idempotent."""

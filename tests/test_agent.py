@@ -158,7 +158,7 @@ async def test_events_that_another_process_forges_are_dropped(tmp_path: Path, ne
 
     async with running(tmp_path) as (agent, record):
         await agent.apply(netns.path, SIDECAR)
-        keeper = next(iter(agent._keepers.values()))
+        keeper = next(iter(agent._roster.keepers.values()))
         assert keeper.held is not None
         port = keeper.held.rules._socket.getsockname()[0]
 

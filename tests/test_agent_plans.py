@@ -195,7 +195,7 @@ async def test_plans_whose_directory_comes_late_are_read(tmp_path: Path, named_n
 async def test_a_process_that_ends_while_its_plan_is_withdrawn_is_no_fault(tmp_path: Path, netns: Netns) -> None:
     async with running(tmp_path) as (agent, _):
         await agent.apply(netns.path, load_plan(PLAN))
-        (keeper,) = agent._keepers.values()
+        (keeper,) = agent._roster.keepers.values()
         await keeper.close()  # as when the process has ended
         await keeper.withdraw()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -15,14 +15,17 @@ import structlog
 from netapply.agent import store
 from netapply.agent.desired import Desired, Request
 from netapply.agent.events import Event, FileRejected, PlanChanged, Recovered, Unconfirmed, Vanished
-from netapply.agent.held import Held, Wanted
-from netapply.agent.inotify import Inotify
+from netapply.agent.held import Wanted
 from netapply.agent.interrupted import resolve_interrupted
 from netapply.agent.keeper import Keeper
-from netapply.agent.model import STATES, AgentConfig, Metrics, NamespaceStatus, Target
-from netapply.agent.places import Place, find_place
+from netapply.agent.lockfile import LockFile
+from netapply.agent.looks import Looks
+from netapply.agent.model import AgentConfig, Metrics, NamespaceStatus, Target
+from netapply.agent.names import Names
+from netapply.agent.roster import Roster, target_of
 from netapply.agent.subscribers import Subscribers
 from netapply.agent.tally import Tally
+from netapply.agent.trials import Trials
 from netapply.agent.watchers import Watchers
 from netapply.agent.workers import Workers
 from netapply.errors import NamespaceError, NetapplyError
@@ -31,20 +34,12 @@ from netapply.nsfs import NamespaceId
 from netapply.plan import CapturePlan
 from netapply.planfile import fingerprint
 from netapply.results import Result, RuleCounter
-from netapply.values import NamedTuple
 
 _log = structlog.stdlib.get_logger("netapply.agent")
 #: Seconds in which an editor writes a plan file in several steps.
 _GATHER = 0.02
-#: Looks that one worker does in a row.
-_CHUNK = 64
-
-
-class _Trial(NamedTuple):
-    """An apply that waits to be confirmed: what was before, and the timer that brings it back."""
-
-    before: Wanted | None
-    timer: asyncio.TimerHandle
+#: Plans that are known by their fingerprints.
+_PLANS = 256
 
 
 class Agent:
@@ -60,9 +55,8 @@ class Agent:
         self._kept = kept or {}
         self._desired = Desired(self.config.plans)
         self._subscribers = Subscribers(self.config.queue)
-        self._keepers: dict[str, Keeper] = {}
-        self._claims: dict[NamespaceId, Keeper] = {}
-        self._trials: dict[str, _Trial] = {}
+        self._roster = Roster(self)
+        self._trials = Trials(self._unconfirmed)
         self._plans: dict[str, CapturePlan] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._gathering: asyncio.TimerHandle | None = None
@@ -71,8 +65,12 @@ class Agent:
 
     async def __aenter__(self) -> Self:
         self.workers = Workers(self.config.concurrency)
+        self.looks = Looks(self.config.poll, self.config.looks, self.workers)
         self._saving = asyncio.Lock()
-        self._inotify = Inotify()
+        self._lock_file = LockFile()
+        self._names = Names(
+            self._desired, self._roster.keepers, plans_changed=self._gather_plans, resolve=self._resolve
+        )
         self.watchers = Watchers()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self.watchers.fileno(), self.watchers.dispatch)
@@ -80,14 +78,16 @@ class Agent:
         try:
             self._restore()
             self._read_files()
-            self._watch()
+            self._names.watch()
             self._resolve()
             await self._resolve_interrupted()
-            await asyncio.gather(*(keeper.settled() for keeper in self._keepers.values()))
-            self._loop.add_reader(self._inotify.fileno(), self._names_changed)
-            self._names_changed()
-            self._spawn(self._look_around())
-            self._spawn(self._save())
+            await asyncio.gather(*(keeper.settled() for keeper in self._roster.keepers.values()))
+            self._loop.add_reader(self._names.fileno(), self._names.read)
+            self._loop.add_reader(self._lock_file.fileno(), self._lock_file_closed)
+            self._names.read()
+            self.looks.spread()
+            for work in (self._go_round(), self.looks.run(), self._save()):
+                self._spawn(work)
         except BaseException:
             await self._close()
             raise
@@ -101,21 +101,24 @@ class Agent:
 
     async def _close(self) -> None:
         self._running = False
-        self._loop.remove_reader(self._inotify.fileno())
+        self._loop.remove_reader(self._names.fileno())
+        self._loop.remove_reader(self._lock_file.fileno())
         self._loop.remove_reader(self.watchers.fileno())
-        for timer in (self._gathering, *(trial.timer for trial in self._trials.values())):
-            if timer is not None:
-                timer.cancel()
+        self._trials.close()
+        if self._gathering is not None:
+            self._gathering.cancel()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(keeper.close() for keeper in self._keepers.values()))
-        self._inotify.close()
+        keepers = list(self._roster.keepers.values())
+        await asyncio.gather(*(keeper.close() for keeper in keepers))
+        self._names.close()
+        self._lock_file.close()
         self.watchers.close()
         self.workers.close()
         self._subscribers.close()
-        for keeper in self._keepers.values():
+        for keeper in keepers:
             if keeper.place.fd >= 0:
                 os.close(keeper.place.fd)
 
@@ -129,54 +132,73 @@ class Agent:
         backend: str = "auto",
         layout: str = "netapply",
         confirm_within: float = 0.0,
+        flush: bool = False,
         reason: str = "",
     ) -> Result:
         """Make the namespace hold `plan`, now and from now on, also after a restart of the agent.
 
-        With `confirm_within`, in seconds, what was before comes back unless `confirm` is called in time. Raises
-        NetapplyError, and what was wanted before stays in force; cancelled, likewise. A namespace of which a plan file
-        speaks is refused. `reason` is for the history.
+        With `confirm_within`, in seconds, what was before comes back unless `confirm` is called in time. `flush` has
+        connection tracking forget the flows that would be treated otherwise. Raises NetapplyError, and what was wanted
+        before stays in force; cancelled, likewise. A namespace of which a plan file speaks is refused. `reason` is for
+        the history.
         """
-        named = _target(target)
-        keeper, new = self._keeper_for(named)
+        if not self._running:
+            raise NetapplyError("the agent does not run")
+        named = target_of(target)
+        keeper, new = self._roster.find_or_add(named)
         before = keeper.wanted
         mark = fingerprint(plan)
         wanted = Wanted(self._shared(mark, plan), backend, layout, mark, "api", named.fail)
         try:
-            self._refuse_filed(keeper)
-            result = await keeper.apply(wanted, reason)
+            _refuse_filed(keeper)
+            result = await keeper.apply(wanted, reason, flush=flush)
         except BaseException:
             if new:
-                await self._drop(keeper)
+                await self._roster.drop(keeper)
             raise
-        key = keeper.place.key
-        self._desired.requests[key] = Request(keeper.place, keeper.labels, wanted)
-        trial = self._trials.pop(key, None)
-        if trial is not None:
-            trial.timer.cancel()
-            before = trial.before
-        if confirm_within > 0:
-            timer = self._loop.call_later(confirm_within, self._unconfirmed, key)
-            self._trials[key] = _Trial(before, timer)
-        keeper.confirm_by = time.time() + confirm_within if confirm_within > 0 else 0.0
-        self._watch()
+        self._desired.requests[keeper.place.key] = Request(keeper.place, keeper.labels, wanted)
+        self._try_out(keeper, before, confirm_within)
+        self._names.watch_for(keeper)
         await self._save()
         return result
 
+    def _try_out(self, keeper: Keeper, before: Wanted | None, seconds: float) -> None:
+        """Put what was applied on trial for so long, or with 0 on none."""
+        if seconds > 0:
+            self._trials.begin(keeper.place.key, before, seconds)
+        else:
+            self._trials.end(keeper.place.key)
+        keeper.confirm_by = time.time() + seconds if seconds > 0 else 0.0
+
     async def confirm(self, target: str | int | Target) -> None:
         """Keep what was applied on trial. Raises NetapplyError where nothing waits for it."""
-        keeper = self._find(target)
-        trial = self._trials.pop(keeper.place.key, None)
-        if trial is None:
-            raise NetapplyError(f"nothing waits to be confirmed in {keeper.place.name}")
-        trial.timer.cancel()
+        keeper = self._roster.find(target)
+        if self._trials.end(keeper.place.key) is None:
+            raise _nothing_waits(keeper)
         keeper.confirm_by = 0.0
         await self._save()
 
+    def extend(self, target: str | int | Target, seconds: float) -> None:
+        """Have what was applied on trial wait so long from now. Raises NetapplyError where nothing waits."""
+        keeper = self._roster.find(target)
+        if not self._trials.extend(keeper.place.key, seconds):
+            raise _nothing_waits(keeper)
+        keeper.confirm_by = time.time() + seconds
+
+    async def go_back(self, target: str | int | Target) -> None:
+        """Bring back at once what was before an apply on trial; back when it stands. Raises NetapplyError."""
+        keeper = self._roster.find(target)
+        trial = self._trials.end(keeper.place.key)
+        if trial is None:
+            raise _nothing_waits(keeper)
+        await self._bring_back(keeper, trial.before)
+
     async def remove(self, target: str | int | Target, *, reason: str = "") -> Result:
         """Take down what is ours in the namespace, and keep it no more. Raises NetapplyError."""
-        keeper, _ = self._keeper_for(_target(target))
-        self._refuse_filed(keeper)
+        if not self._running:
+            raise NetapplyError("the agent does not run")
+        keeper, _ = self._roster.find_or_add(target_of(target))
+        _refuse_filed(keeper)
         try:
             return await keeper.remove(reason)
         except NamespaceError:
@@ -191,18 +213,20 @@ class Agent:
 
     async def register(self, target: str | int | Target) -> None:
         """Make a namespace and its labels known, for plan files that select by label. Raises NetapplyError."""
-        named = _target(target)
-        keeper, _ = self._keeper_for(named)
+        if not self._running:
+            raise NetapplyError("the agent does not run")
+        named = target_of(target)
+        keeper, _ = self._roster.find_or_add(named)
         keeper.labels = dict(named.labels)
         wanted = keeper.wanted if keeper.wanted and keeper.wanted.source == "api" else None
         self._desired.requests[keeper.place.key] = Request(keeper.place, keeper.labels, wanted)
-        self._watch()
+        self._names.watch_for(keeper)
         self._resolve()
         await self._save()
 
     async def unregister(self, target: str | int | Target) -> None:
         """Forget a namespace and its labels: what stands there for its labels is taken down."""
-        keeper = self._find(target)
+        keeper = self._roster.find(target)
         keeper.labels = {}
         self._desired.requests.pop(keeper.place.key, None)
         self._resolve()
@@ -210,16 +234,16 @@ class Agent:
 
     async def reconcile(self, target: str | int | Target | None = None) -> None:
         """Look at one namespace, or at all, and put right what is not as it should be; back when that was tried."""
-        keepers = list(self._keepers.values()) if target is None else [self._find(target)]
+        keepers = list(self._roster.keepers.values()) if target is None else [self._roster.find(target)]
         await asyncio.gather(*(keeper.reconcile() for keeper in keepers))
 
     async def counters(self, target: str | int | Target) -> tuple[RuleCounter, ...]:
         """Our live rules of one namespace, with their counters. Raises NetapplyError."""
-        return await self._find(target).counters()
+        return await self._roster.find(target).counters()
 
     def status(self) -> tuple[NamespaceStatus, ...]:
         """Every namespace that is kept or known, by name. Looks at nothing, and never waits."""
-        return tuple(sorted((each.status for each in self._keepers.values()), key=lambda status: status.name))
+        return tuple(sorted((each.status for each in self._roster.keepers.values()), key=lambda status: status.name))
 
     def events(self) -> AsyncIterator[Event]:
         """Everything that happens from now on; it ends with the agent."""
@@ -227,32 +251,17 @@ class Agent:
 
     def metrics(self) -> Metrics:
         """What was counted since the agent began."""
-        tally, keepers = self.tally, list(self._keepers.values())
-        states: dict[str, int] = dict.fromkeys(STATES, 0)
-        for keeper in keepers:
-            states[keeper.shown] += 1
-        return Metrics(
-            states,
-            tally.applies,
-            tally.failures,
-            dict(tally.heals),
-            tally.apply_seconds.shown(),
-            tally.heal_seconds.shown(),
-            tally.quarantines,
-            tally.lock_failures,
-            tally.recoveries,
-            tally.fail_open_seconds + sum(keeper.fail_open_seconds for keeper in keepers),
-            tally.notifications,
-            tally.forged,
-            tally.overruns,
-            self._desired.rejected,
-            self._subscribers.lost,
-            tally.ticked,
+        keepers = list(self._roster.keepers.values())
+        return self.tally.shown(
+            [keeper.shown for keeper in keepers],
+            fail_open=sum(keeper.fail_open_seconds for keeper in keepers),
+            rejected_files=self._desired.rejected,
+            events_lost=self._subscribers.lost,
         )
 
     def descriptors(self) -> Mapping[str, int]:
         """Descriptors of namespaces that have no path, by key: give them to the next agent as `kept`."""
-        return {key: keeper.place.fd for key, keeper in self._keepers.items() if keeper.place.fd >= 0}
+        return {key: keeper.place.fd for key, keeper in self._roster.keepers.items() if keeper.place.fd >= 0}
 
     # --- what keepers need -----------------------------------------------------------------------------------
 
@@ -261,66 +270,26 @@ class Agent:
         self._subscribers.tell(event)
 
     def claim(self, keeper: Keeper, identity: NamespaceId) -> str:
-        """The name of another keeper that holds this namespace; "" where it is this one's now. From any thread."""
-        other = self._claims.setdefault(identity, keeper)
-        return "" if other is keeper else other.place.name
+        """See `Roster.claim`."""
+        return self._roster.claim(keeper, identity)
 
     def unclaim(self, keeper: Keeper, identity: NamespaceId) -> None:
-        """It is nobody's any more."""
-        if self._claims.get(identity) is keeper:
-            del self._claims[identity]
+        """See `Roster.unclaim`."""
+        self._roster.unclaim(keeper, identity)
 
     def ended(self, keeper: Keeper) -> None:
         """The process that named a namespace has ended: its pid may be another's by now."""
         self._spawn(self._part_with(keeper))
 
-    # --- keepers ---------------------------------------------------------------------------------------------
-
-    def _keeper_for(self, target: Target) -> tuple[Keeper, bool]:
-        if not self._running:
-            raise NetapplyError("the agent does not run")
-        with suppress(NamespaceError):
-            return self._find(target), False
-        return self._add(find_place(target.spec), target.labels), True
-
-    def _find(self, target: str | int | Target) -> Keeper:
-        place = find_place(_target(target).spec)
-        if place.fd >= 0:
-            status = os.fstat(place.fd)
-            os.close(place.fd)
-            for identity, keeper in self._claims.items():
-                if (identity.device, identity.inode) == (status.st_dev, status.st_ino):
-                    return keeper
-        found = self._keepers.get(place.key)
-        if found is None:
-            raise NamespaceError(f"the agent does not know {place.name}", next_step="see `netapply status`")
-        return found
-
-    def _add(self, place: Place, labels: Mapping[str, str]) -> Keeper:
-        keeper = self._keepers[place.key] = Keeper(place, self, dict(labels))
-        return keeper
-
-    def _refuse_filed(self, keeper: Keeper) -> None:
-        if keeper.wanted is not None and keeper.wanted.source != "api":
-            source = keeper.wanted.source
-            raise NetapplyError(f"{keeper.place.name} is under the plan file {source}", next_step=f"change {source}")
-
-    async def _drop(self, keeper: Keeper) -> None:
-        if self._keepers.get(keeper.place.key) is keeper:
-            del self._keepers[keeper.place.key]
-        await keeper.close()
-        if keeper.place.fd >= 0:
-            os.close(keeper.place.fd)
+    # --- what becomes of keepers -----------------------------------------------------------------------------
 
     async def _forget(self, keeper: Keeper) -> None:
-        trial = self._trials.pop(keeper.place.key, None)
-        if trial is not None:
-            trial.timer.cancel()
+        self._trials.end(keeper.place.key)
         request = self._desired.requests.pop(keeper.place.key, None)
         if request is not None and request.labels and keeper.state != "gone":
             self._desired.requests[keeper.place.key] = request._replace(wanted=None)
         else:
-            await self._drop(keeper)
+            await self._roster.drop(keeper)
         await self._save()
 
     async def _part_with(self, keeper: Keeper) -> None:
@@ -328,15 +297,15 @@ class Agent:
             self.tell(Vanished(keeper.place.name, time.time()))
         await self._forget(keeper)
 
-    def _unconfirmed(self, key: str) -> None:
-        trial, keeper = self._trials.pop(key, None), self._keepers.get(key)
-        if trial is not None and keeper is not None:
-            self._spawn(self._go_back(keeper, trial.before))
+    def _unconfirmed(self, key: str, before: Wanted | None) -> None:
+        keeper = self._roster.keepers.get(key)
+        if keeper is not None:
+            self.tell(Unconfirmed(keeper.place.name, time.time()))
+            _log.warning("nobody confirmed in time", namespace=keeper.place.name)
+            self._spawn(self._bring_back(keeper, before))
 
-    async def _go_back(self, keeper: Keeper, before: Wanted | None) -> None:
+    async def _bring_back(self, keeper: Keeper, before: Wanted | None) -> None:
         keeper.confirm_by = 0.0
-        self.tell(Unconfirmed(keeper.place.name, time.time()))
-        _log.warning("nobody confirmed in time", namespace=keeper.place.name)
         request = self._desired.requests[keeper.place.key]
         self._desired.requests[keeper.place.key] = request._replace(wanted=before)
         if before is None:
@@ -345,11 +314,12 @@ class Agent:
             await self._forget(keeper)
             return
         keeper.want(before)
+        await keeper.settled()
         await self._save()
 
     def _shared(self, mark: str, plan: CapturePlan) -> CapturePlan:
         """The same object for the same plan: what was compiled and encoded of it is known by its identity."""
-        if len(self._plans) >= 256:
+        if len(self._plans) >= _PLANS:
             del self._plans[next(iter(self._plans))]
         return self._plans.setdefault(mark, plan)
 
@@ -364,10 +334,10 @@ class Agent:
         for key, reason in self._desired.restore(kept, self._kept):
             _log.warning("a namespace is not there any more", key=key, reason=reason)
         for request in self._desired.requests.values():
-            self._add(request.place, request.labels)
+            self._roster.add(request.place, request.labels)
 
     async def _resolve_interrupted(self) -> None:
-        kept = {keeper.place.path for keeper in self._keepers.values()}
+        kept = {keeper.place.path for keeper in self._roster.keepers.values()}
         for name, said in await self.workers.run(
             lambda: resolve_interrupted(self.journal, kept, self.config.lock_timeout)
         ):
@@ -383,15 +353,27 @@ class Agent:
             else:
                 self.tell(PlanChanged(path, time.time(), mark))
 
+    def _gather_plans(self) -> None:
+        if self._gathering is None:
+            self._gathering = self._loop.call_later(_GATHER, self._plans_changed)
+
+    def _plans_changed(self) -> None:
+        self._gathering = None
+        self._read_files()
+        self._names.watch()
+        self._resolve()
+        self._spawn(self._save())
+
     def _resolve(self) -> None:
         """Give every keeper its wish: new ones to new namespaces, none to those that nothing speaks of any more."""
-        known = [(keeper.place, keeper.labels) for keeper in self._keepers.values() if keeper.labels]
+        keepers = self._roster.keepers
+        known = [(keeper.place, keeper.labels) for keeper in keepers.values() if keeper.labels]
         found = self._desired.resolve(known)
         for key, (place, wanted) in found.items():
             shared = wanted._replace(plan=self._shared(wanted.fingerprint, wanted.plan))
-            keeper = self._keepers.get(key) or self._add(place, {})
+            keeper = keepers.get(key) or self._roster.add(place, {})
             keeper.want(shared)
-        for key, keeper in list(self._keepers.items()):
+        for key, keeper in list(keepers.items()):
             if key not in found and keeper.wanted is not None:
                 self._spawn(self._withdraw(keeper))
 
@@ -400,7 +382,7 @@ class Agent:
             await keeper.withdraw()
         finally:
             if keeper.wanted is None and keeper.place.key not in self._desired.requests:
-                await self._drop(keeper)
+                await self._roster.drop(keeper)
 
     async def _save(self) -> None:
         """Write what should be to the disk. Several who ask at once wait for one write."""
@@ -410,89 +392,25 @@ class Agent:
         mine = self._changed
         async with self._saving:
             if self._saved < mine:
-                before = {key: trial.before for key, trial in self._trials.items()}
-                upto, kept = self._changed, self._desired.kept(before)
+                upto, kept = self._changed, self._desired.kept(self._trials.before)
                 await self.workers.run(lambda: store.save(self.config.state, kept))
                 self._saved = upto
 
-    # --- names that come and go ------------------------------------------------------------------------------
+    # --- again and again -------------------------------------------------------------------------------------
 
-    def _watch(self) -> tuple[str, ...]:
-        """Watch what is not watched yet; the directories that are there by now, with names that nobody told of."""
-        missing = self._desired.directories() - self._inotify.watched
-        return tuple(directory for directory in missing if self._inotify.watch(directory))
-
-    def _names_changed(self) -> None:
-        listed = plans = False
-        for directory, name in self._inotify.read():
-            if not directory:  # some were lost
-                listed = plans = True
-                self._recheck(self._keepers.values())
-                continue
-            plans |= self._desired.is_plans(directory)
-            listed |= self._desired.lists(directory)
-            keeper = self._keepers.get(os.path.join(directory, name))
-            if keeper is not None:
-                keeper.appeared()
-        if plans and self._gathering is None:
-            self._gathering = self._loop.call_later(_GATHER, self._plans_changed)
-        elif listed:
-            self._resolve()
-
-    def _plans_changed(self) -> None:
-        self._gathering = None
-        self._read_files()
-        self._watch()
-        self._resolve()
-        self._spawn(self._save())
-
-    def _recheck(self, keepers: Iterable[Keeper]) -> None:
-        for keeper in list(keepers):
-            if keeper.held is None:
-                keeper.appeared()
-            else:
-                keeper.recheck()
-
-    async def _look_around(self) -> None:
-        """Again and again: look where the kernel tells nothing, and at names that nobody tells of."""
+    async def _go_round(self) -> None:
+        """Look at names that nobody tells of; and tell that the loop and the workers work."""
         while True:
             begun = time.monotonic()
-            late = self._watch()
-            if any(map(self._desired.is_plans, late)):
-                self._plans_changed()
-            elif any(map(self._desired.lists, late)):
-                self._resolve()
-            watched = self._inotify.watched
-            self._recheck(
-                keeper
-                for keeper in self._keepers.values()
-                if keeper.place.path and os.path.dirname(keeper.place.path) not in watched and not keeper.busy
-            )
-            self._look_for_late_ones()
-            due = [keeper for keeper in self._keepers.values() if keeper.held and not keeper.busy]
-            due = [keeper for keeper in due if begun - keeper.looked >= keeper.due_for_look - 0.001]
-            for first in range(0, len(due), _CHUNK):
-                await self._look_at(due[first : first + _CHUNK])
+            self._names.look()
+            self._lock_file.watch()
             await self.workers.run(time.monotonic)  # a tick means that the workers work
             self.tally.ticked = time.monotonic()
             await asyncio.sleep(max(0.0, self.config.poll - (time.monotonic() - begun)))
 
-    def _look_for_late_ones(self) -> None:
-        """Names that are there, and were not mounted on when they were made."""
-        for keeper in self._keepers.values():
-            if keeper.state == "gone" and not keeper.busy and os.path.exists(keeper.place.path):
-                keeper.appeared()
-
-    async def _look_at(self, keepers: list[Keeper]) -> None:
-        begun = time.monotonic()
-
-        def look() -> list[Keeper]:
-            return [keeper for keeper in keepers if keeper.held is not None and not _holds(keeper.held)]
-
-        for keeper in await self.workers.run(look):
-            keeper.wake(deep=True, since=begun)
-        for keeper in keepers:
-            keeper.looked = begun
+    def _lock_file_closed(self) -> None:
+        self._lock_file.read()
+        self.looks.hint()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -505,13 +423,14 @@ class Agent:
             _log.error("a task of the agent failed", error=str(error), exc_info=error)
 
 
-def _holds(held: Held) -> bool:
-    """Whether it holds; where that cannot be seen, somebody has to look closer."""
-    try:
-        return held.holds()
-    except (NetapplyError, OSError):
-        return False
+def _refuse_filed(keeper: Keeper) -> None:
+    if keeper.wanted is not None and keeper.wanted.source != "api":
+        source = keeper.wanted.source
+        raise NetapplyError(f"{keeper.place.name} is under the plan file {source}", next_step=f"change {source}")
 
 
-def _target(target: str | int | Target) -> Target:
-    return target if isinstance(target, Target) else Target(target)
+def _nothing_waits(keeper: Keeper) -> NetapplyError:
+    return NetapplyError(
+        f"nothing waits to be confirmed in {keeper.place.name}: it was confirmed, or has gone back",
+        next_step="netapply history tells which",
+    )

@@ -103,8 +103,7 @@ class Chronicle:
         """It had drifted, which was known at `since`, and holds its plan again."""
         cause, seconds = brought.cause, max(0.0, brought.proven - since)
         self._recovered(brought.result)
-        self._tally.heals[cause.process if cause else ""] += 1
-        self._tally.heal_seconds.observe(seconds)
+        self._tally.healed(cause.process if cause else "", seconds)
         self.heals += 1
         self.last_cause = cause or self.last_cause
         self.last_apply = at = time.time() - (time.monotonic() - brought.proven)

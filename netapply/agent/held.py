@@ -36,6 +36,13 @@ class Wanted(NamedTuple):
     fail: FailMode = "closed"
 
 
+class Asked(NamedTuple):
+    """Somebody asked for an apply: why, for the history, and whether connection tracking is to forget what changes."""
+
+    reason: str = ""
+    flush: bool = False
+
+
 class Brought(NamedTuple):
     """What `Held.bring` did: its result and when it was proven; whether it undid drift, what that was, and whose.
 
@@ -103,7 +110,10 @@ class Held:
         host: bool,
         lock_timeout: float,
     ) -> Held:
-        """Open what `spec` names, and begin to watch: news are a reason to `call`. Raises NamespaceError, OSError."""
+        """Open what `spec` names, and begin to watch; news are a reason to `call`, from `listen` on.
+
+        Raises NamespaceError, OSError.
+        """
         namespace = Namespace.open(spec, host=host, lock_timeout=lock_timeout)
         try:
             return cls(namespace, journal, watchers, call)
@@ -144,7 +154,7 @@ class Held:
                     return Attended(None, listens, up=False)
             if not deep and self._proven is not None and self._proven.wanted == wanted:
                 fresh = any(cause.generation > known for cause in news.causes)
-                if not (news.routing or news.overrun) and (not fresh or self.holds()):
+                if not (news.routing or news.overrun) and (not (fresh or self.is_silent) or self.holds()):
                     return Attended(None, listens)
             self.healing = self._proven is not None and not deep
             brought = self.bring(wanted, cancelled=cancelled)
@@ -155,7 +165,7 @@ class Held:
             return Attended(brought._replace(cause=cause, again=again), listens)
         finally:
             self.healing = False
-            self._arm()
+            self.listen()
 
     def _whose(self, causes: tuple[Cause, ...], known: int) -> Cause | None:
         """Who changed what was put right: the last before our own commit."""
@@ -169,7 +179,8 @@ class Held:
         self._counted = self._counted.and_also(news)
         return news
 
-    def _arm(self) -> None:
+    def listen(self) -> None:
+        """Be called when there are news from now on, or if there are some."""
         for monitor in (self.rules, self.routing):
             if monitor is not None and monitor.fileno() >= 0:
                 self._watchers.arm(monitor.fileno())
@@ -183,24 +194,28 @@ class Held:
         self,
         wanted: Wanted,
         *,
-        reason: str = "",
-        count_flows: bool = False,
+        asked: Asked | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Brought:
-        """Make the namespace hold the plan, and prove it. `reason` is for the history. Raises NetapplyError."""
+        """Make the namespace hold the plan, and prove it. Raises NetapplyError.
+
+        Where somebody `asked` for it the result is as without an agent: by the backend that he named, with what he
+        wants to know.
+        """
         plan = wanted.plan._replace(activation="now") if wanted.plan.activation != "now" else wanted.plan
         last = self._proven if self._proven and self._proven.wanted == wanted else None
         before = last.backend.read(self.namespace, last.owned).ruleset if last else None
         result = core.apply(
             self.namespace,
             plan,
-            backend=last.backend.name if last else wanted.backend,
+            backend=last.backend.name if last and asked is None else wanted.backend,
             layout=wanted.layout,
             journal=self._journal,
             fingerprint=wanted.fingerprint,
-            count_flows=count_flows,
+            count_flows=asked is not None,
             cancelled=cancelled,
-            reason=reason or ("the agent healed it" if last else f"the agent: {wanted.source}"),
+            flush=asked is not None and asked.flush,
+            reason=_reason(wanted, asked, healing=last is not None),
         )
         proven = time.monotonic()
         backend = find_backend(result.backend)
@@ -217,6 +232,7 @@ class Held:
         if desired.routing != routing.NOTHING and self.routing is None:
             self.routing = watch_routing(self.namespace)
             self._watchers.add(self.routing.fileno(), self._call)
+            self._watchers.arm(self.routing.fileno())
         owned = _owned(wanted.layout, desired.ruleset)
         snapshot = backend.read(self.namespace, owned)
         again = bool(backend.encode(snapshot, desired.ruleset))
@@ -263,6 +279,13 @@ class Held:
                 monitor.close()
         with suppress(OSError):
             self.namespace.close()
+
+
+def _reason(wanted: Wanted, asked: Asked | None, *, healing: bool) -> str:
+    """What the history says."""
+    if asked is None and healing:
+        return "the agent healed it"
+    return (asked.reason if asked else "") or f"the agent: {wanted.source}"
 
 
 @remembered(64)

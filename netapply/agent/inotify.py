@@ -1,4 +1,6 @@
-"""inotify(7), as much as the agent needs: which names of which directories were made, changed or removed."""
+"""inotify(7), as much as the agent needs: which names of which directories were made, changed or removed, and who
+closed a file.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,18 @@ from collections.abc import Iterator
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _EVENT = struct.Struct("=iIII")  # struct inotify_event: watch, mask, cookie, length of the name
-_CREATE, _DELETE, _MOVED_FROM, _MOVED_TO, _CLOSE_WRITE, _ATTRIB = 0x100, 0x200, 0x40, 0x80, 0x8, 0x4
+_CREATE, _DELETE, _MOVED_FROM, _MOVED_TO, _ATTRIB = 0x100, 0x200, 0x40, 0x80, 0x4
+CLOSE_WRITE, CLOSE_NOWRITE = 0x8, 0x10
 _DELETE_SELF, _MOVE_SELF, _OVERFLOW, _IGNORED, _ONLYDIR = 0x400, 0x800, 0x4000, 0x8000, 0x1000000
-_MASK = _CREATE | _DELETE | _MOVED_FROM | _MOVED_TO | _CLOSE_WRITE | _ATTRIB | _DELETE_SELF | _MOVE_SELF | _ONLYDIR
+_GONE = _DELETE_SELF | _MOVE_SELF
+_NAMES = _CREATE | _DELETE | _MOVED_FROM | _MOVED_TO | CLOSE_WRITE | _ATTRIB | _ONLYDIR
 
 
 class Inotify:
-    """Watched directories. `read` never waits."""
+    """Watched directories, or with a `mask` of others what happens to files. `read` never waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, mask: int = _NAMES) -> None:
+        self._mask = mask | _GONE
         self._fd = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         if self._fd < 0:
             number = ctypes.get_errno()
@@ -30,14 +35,14 @@ class Inotify:
 
     @property
     def watched(self) -> frozenset[str]:
-        """The directories that are watched now."""
+        """What is watched now."""
         return frozenset(self._paths.values())
 
-    def watch(self, directory: str) -> bool:
-        """Watch a directory; False where it cannot be: it may come later."""
-        watch = _libc.inotify_add_watch(self._fd, os.fsencode(directory), _MASK)
+    def watch(self, path: str) -> bool:
+        """Watch it; False where it cannot be: it may come later."""
+        watch = _libc.inotify_add_watch(self._fd, os.fsencode(path), self._mask)
         if watch >= 0:
-            self._paths[watch] = directory
+            self._paths[watch] = path
         return bool(watch >= 0)
 
     def read(self) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,8 @@ import structlog
 from netapply.agent.budget import Account
 from netapply.agent.chronicle import Chronicle
 from netapply.agent.events import Event
-from netapply.agent.held import Attended, Brought, Held, Wanted
+from netapply.agent.held import Asked, Attended, Brought, Held, Wanted
+from netapply.agent.looks import Looks
 from netapply.agent.model import AgentConfig, NamespaceStatus, State
 from netapply.agent.places import Place
 from netapply.agent.tally import Tally
@@ -33,8 +34,6 @@ _log = structlog.stdlib.get_logger("netapply.agent")
 
 #: Seconds after which a name that has just appeared is tried again: ip-netns(8) makes the file, then mounts on it.
 _FIRST_RETRY = 0.001
-#: Seconds between looks where the kernel tells of every change: in case that it did not.
-_SELDOM = 60.0
 
 
 class Surroundings(Protocol):
@@ -44,6 +43,7 @@ class Surroundings(Protocol):
     journal: Journal
     workers: Workers
     watchers: Watchers
+    looks: Looks
     tally: Tally
 
     def tell(self, event: Event) -> None:
@@ -74,7 +74,10 @@ class Keeper:
         self.confirm_by = 0.0
         self.held: Held | None = None
         self.state: State = "pending"
-        self.looked = 0.0
+        #: For `Looks`: when it is looked at, and whether the kernel does not tell of every change.
+        self.look_at, self.silent = 0.0, False
+        #: Where its name comes and goes; "" for one without.
+        self.directory = os.path.dirname(place.path)
         self._around = around
         self._loop = asyncio.get_running_loop()
         self._turn = asyncio.Lock()
@@ -97,12 +100,13 @@ class Keeper:
 
     # --- what is asked of it ---------------------------------------------------------------------------------
 
-    async def apply(self, wanted: Wanted, reason: str = "") -> Result:
+    async def apply(self, wanted: Wanted, reason: str = "", *, flush: bool = False) -> Result:
         """Make the namespace hold `wanted` and keep it so. Raises NetapplyError; then the wish before stays."""
         stop = threading.Event()
 
         def work() -> Brought:
-            return self._opened().bring(wanted, reason=reason, count_flows=True, cancelled=stop.is_set)
+            asked = Asked(reason, flush)
+            return self._opened().bring(wanted, asked=asked, cancelled=stop.is_set)
 
         async with self._turn:
             if self.held is not None and not self._is_the_same(self.held):
@@ -265,15 +269,14 @@ class Keeper:
         return self._told.open_seconds
 
     @property
-    def due_for_look(self) -> float:
-        """Seconds between looks: short where the kernel tells nothing."""
-        polls = self.held is not None and self.held.is_silent
-        return self._around.config.poll if polls else _SELDOM
-
-    @property
     def busy(self) -> bool:
         """Whether something is being done or waits to be."""
-        return self._turn.locked() or self._due
+        return self.working or self._due
+
+    @property
+    def working(self) -> bool:
+        """Whether something is being done at this moment."""
+        return self._turn.locked()
 
     # --- news ------------------------------------------------------------------------------------------------
 
@@ -390,8 +393,12 @@ class Keeper:
         if self.held is None:
             return
         self._told.read(self.held)
+        if self._is_new or self.silent != self.held.is_silent:
+            self.silent = self.held.is_silent
+            self._around.looks.add(self)
         if self._is_new:
             self._is_new, self._retry = False, 0.0
+            self.held.listen()
             self._told.appeared(self.place.path, self.held.identity.inode)
             self._watch_process()
 
@@ -472,6 +479,7 @@ class Keeper:
             self._around.watchers.remove(self._process)
             os.close(self._process)
             self._process = -1
+        self._around.looks.remove(self)
         if held is not None:
             self._around.unclaim(self, held.identity)
             held.close()
@@ -485,6 +493,7 @@ class Keeper:
                 self._ended()
             else:
                 self._around.watchers.add(self._process, self._ended)
+                self._around.watchers.arm(self._process)
 
     def _ended(self) -> None:
         self._around.ended(self)

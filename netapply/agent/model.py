@@ -46,16 +46,19 @@ class AgentConfig(NamedTuple):
 
     `plans`: the directory of plan files, "" for none. `state`: where desired state is kept over a restart, "" for
     nowhere. `journal`: None is netapply's own place. `poll`: how often is looked where the kernel tells nothing
-    (iptables-legacy, vanished names, listening ports). `concurrency`: worker threads, 0 for as many as serve.
-    `settle`: for how long changes of iptables-nft's tables are gathered after a heal, as the kernel makes the next
-    batch wait for what the last one freed. `queue`: events that a subscriber may be behind. `host`: whether the
-    machine's own namespace may be named. The sockets are those of `netapply agent`.
+    (iptables-legacy, vanished names, listening ports). `looks`: at how many namespaces of which the kernel tells
+    nothing is looked in a second at most, all together; of many of them, each is looked at less often than `poll`
+    says. `concurrency`: worker threads, 0 for as many as serve. `settle`: for how long changes of iptables-nft's
+    tables are gathered after a heal, as the kernel makes the next batch wait for what the last one freed. `queue`:
+    events that a subscriber may be behind. `host`: whether the machine's own namespace may be named. The sockets are
+    those of `netapply agent`.
     """
 
     plans: str = "/etc/netapply/plans.d"
     state: str = "/var/lib/netapply"
     journal: str | None = None
     poll: float = 1.0
+    looks: float = 40.0
     concurrency: int = 0
     settle: float = 0.03
     budget: Budget = Budget()
@@ -112,7 +115,7 @@ class Metrics(NamedTuple):
     namespaces: Mapping[str, int]
     applies: int
     failures: int
-    #: By the name of the process that caused the drift, "" where the kernel does not tell.
+    #: By the name of the process that caused the drift, "" where the kernel does not tell; "(others)" of many names.
     heals: Mapping[str, int]
     apply_seconds: Histogram
     heal_seconds: Histogram

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import sys
@@ -57,7 +58,11 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number, what in ((signal.SIGTERM, ended), (signal.SIGINT, ended), (signal.SIGHUP, again)):
         loop.add_signal_handler(number, what.set)
+    # What a start makes stays, and there is much of it: to look it through again and again would hold up heals.
+    gc.disable()
     async with Agent(config, kept=kept) as agent, Front(agent, inherited=inherited) as front:
+        gc.freeze()
+        gc.enable()
         helpers = [asyncio.create_task(_log_events(agent.events())), asyncio.create_task(_look_again(agent, again))]
         _log.info("started", namespaces=len(agent.status()), socket=config.socket, metrics=front.metrics_address[1])
         started(agent, front)

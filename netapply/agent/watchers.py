@@ -10,7 +10,7 @@ import select
 from collections.abc import Callable
 from contextlib import suppress
 
-_ARMED = select.EPOLLIN | select.EPOLLONESHOT
+_ARMED, _DISARMED = select.EPOLLIN | select.EPOLLONESHOT, select.EPOLLONESHOT
 _MANY = 256
 
 
@@ -26,12 +26,12 @@ class Watchers:
         return self._epoll.fileno()
 
     def add(self, fd: int, call: Callable[[], None]) -> None:
-        """Call `call` once when `fd` is readable."""
+        """Call `call` once when `fd` is readable, from when it is armed."""
         self._calls[fd] = call
-        self._epoll.register(fd, _ARMED)
+        self._epoll.register(fd, _DISARMED)
 
     def arm(self, fd: int) -> None:
-        """Once more; at once if it is readable."""
+        """Once, or once more; at once if it is readable."""
         self._epoll.modify(fd, _ARMED)
 
     def remove(self, fd: int) -> None:

@@ -12,7 +12,7 @@ import socket
 import struct
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
-MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000  # linux/mount.h
+MS_BIND, MS_REC, MS_PRIVATE, MS_SHARED = 0x1000, 0x4000, 0x40000, 0x100000  # linux/mount.h
 MNT_DETACH = 2  # sys/mount.h
 #: setgroups(2) by machine. The C library's own would change the groups of every thread.
 _SETGROUPS = {"x86_64": 116, "aarch64": 159, "riscv64": 159, "ppc64le": 81, "s390x": 206}

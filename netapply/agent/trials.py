@@ -1,0 +1,62 @@
+"""Applies that wait to be confirmed: what comes back, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from netapply.agent.held import Wanted
+from netapply.values import NamedTuple
+
+
+class Trial(NamedTuple):
+    """What was wanted before, None for nothing, and the timer that brings it back."""
+
+    before: Wanted | None
+    timer: asyncio.TimerHandle
+
+
+class Trials:
+    """Those of one agent, by the keys of their namespaces. `over` is called with what waited for too long."""
+
+    def __init__(self, over: Callable[[str, Wanted | None], None]) -> None:
+        self._over = over
+        self._waiting: dict[str, Trial] = {}
+
+    def begin(self, key: str, before: Wanted | None, seconds: float) -> None:
+        """Wait for so long. An apply upon an apply that was never confirmed goes back to before both."""
+        earlier = self.end(key)
+        self._wait(key, earlier.before if earlier else before, seconds)
+
+    def extend(self, key: str, seconds: float) -> bool:
+        """Wait for so long from now; False where nothing waits."""
+        trial = self.end(key)
+        if trial is not None:
+            self._wait(key, trial.before, seconds)
+        return trial is not None
+
+    def end(self, key: str) -> Trial | None:
+        """Wait no more; None where nothing waits."""
+        trial = self._waiting.pop(key, None)
+        if trial is not None:
+            trial.timer.cancel()
+        return trial
+
+    @property
+    def before(self) -> Mapping[str, Wanted | None]:
+        """What was wanted before, by key."""
+        return {key: trial.before for key, trial in self._waiting.items()}
+
+    def close(self) -> None:
+        """Wait for nothing."""
+        for key in list(self._waiting):
+            self.end(key)
+
+    def _wait(self, key: str, before: Wanted | None, seconds: float) -> None:
+        timer = asyncio.get_running_loop().call_later(seconds, self._expire, key)
+        self._waiting[key] = Trial(before, timer)
+
+    def _expire(self, key: str) -> None:
+        trial = self.end(key)
+        if trial is not None:
+            self._over(key, trial.before)
