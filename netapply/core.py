@@ -67,6 +67,7 @@ def apply(
     cancelled: Callable[[], bool] = lambda: False,
     proof: Callable[[], None] | None = None,
     flush: bool = False,
+    replaces: int | None = None,
     reason: str = "",
 ) -> Result:
     """Make the namespace hold `plan`: all of it, or, when anything fails, what was there before.
@@ -76,12 +77,15 @@ def apply(
     others stand already: rules and routing that another program left. `count_flows` counts open connections that would
     be treated otherwise. `cancelled` is asked between steps. `proof` is called when all stands, and raises where
     connections do not go where they should (`netapply.canary`): then it is undone. `flush` has connection tracking
-    forget the flows that would be treated otherwise (`netapply.conntrack`). `reason` is for the history. Raises
-    NetapplyError: ConflictError, UnsupportedError and LockError with nothing touched, ApplyError after a roll-back.
+    forget the flows that would be treated otherwise (`netapply.conntrack`). `replaces` is the number of the state that
+    has to stand, else ConflictError, and that nobody wants to go back to: this one takes its number. `reason` is for
+    the history. Raises NetapplyError: ConflictError, UnsupportedError and LockError with nothing touched, ApplyError
+    after a roll-back.
     """
     begun = time.perf_counter()
     refuse_waiting(plan)
     with take(namespace, journal or Journal(), "apply", reason) as session:
+        session.require(replaces)
         owned = owned_by(session.entry, layout)
         chosen, why, unseen = choose(namespace, backend, owned, also_used(session.entry))
         adopted = NOTHING
@@ -94,6 +98,8 @@ def apply(
         except ApplyError as error:
             chosen, why = _instead(namespace, chosen, backend, plan, error)
             done = trying(chosen, probe(namespace, chosen).missing)
+        if replaces is not None and session.files is not None and session.files.number != replaces:
+            session.files.take_number(replaces)
         done = session.told(done, layout, fingerprint)
     return done._replace(reason=why, degraded=unseen + done.degraded, duration=time.perf_counter() - begun)
 
@@ -251,8 +257,7 @@ def rollback(
     """
     begun = time.perf_counter()
     with take(namespace, journal or Journal(), "rollback", reason) as session:
-        if state is not None and session.files is not None and session.files.number != state:
-            raise ConflictError(f"state {session.files.number} stands, and not {state}")
+        session.require(state)
         past = recovery.past(session.files, session.entry, back)
         owned = owned_by(session.entry, past.layout, past.desired.ruleset)
         held, unseen = holding_ours(namespace, owned, also_used(session.entry))

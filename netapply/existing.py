@@ -12,6 +12,7 @@ from netapply.flow import TCP, UDP, Flow
 from netapply.kernel import NETLINK_SOCK_DIAG, Kernel
 from netapply.rtnetlink import local_addresses
 from netapply.ruleset import Ruleset
+from netapply.values import NamedTuple
 
 # linux/sock_diag.h, linux/inet_diag.h
 _SOCK_DIAG_BY_FAMILY = 20
@@ -21,10 +22,32 @@ _ESTABLISHED, _LISTEN = 1, 10  # net/tcp_states.h
 _ANY = 0xFFF  # every state but that of a connection to come
 _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2: family, protocol, extensions, states, (socket id)
-_MESSAGE = struct.Struct("=BBxx2s2s16s16s4x8x12xI4x")  # struct inet_diag_msg: …, ports, addresses, …, uid, inode
+_MESSAGE = struct.Struct("=BBxx2s2s16s16s4x8x12xII")  # struct inet_diag_msg: …, ports, addresses, …, uid, inode
 _FAMILIES = {2: 4, 10: 16}  # AF_INET, AF_INET6: length of an address
 #: The file that counts the sockets of a family, and what stands before the number.
 _COUNTED = {2: ("net/sockstat", "\nTCP: inuse "), 10: ("net/sockstat6", "TCP6: inuse ")}
+
+
+class Connection(NamedTuple):
+    """An established one that did not come over `lo`: both ends, and the inode of our socket."""
+
+    far: bytes
+    far_port: int
+    here: bytes
+    port: int
+    inode: int
+
+
+def connections(kernel: Kernel) -> tuple[Connection, ...]:
+    """Every established TCP connection of the namespace with somebody else. Raises KernelError."""
+    found = [
+        Connection(destination, dport, source, sport, inode)
+        for family, size in _FAMILIES.items()
+        for state, sport, dport, source, destination, _, inode in _sockets(kernel, family, size)
+        if state == _ESTABLISHED
+    ]
+    own = {each.here for each in found}
+    return tuple(each for each in found if each.far not in own and each.far[0] != 127)
 
 
 def existing_flows(kernel: Kernel) -> tuple[Flow, ...]:
@@ -34,7 +57,7 @@ def existing_flows(kernel: Kernel) -> tuple[Flow, ...]:
     for family, size in _FAMILIES.items():
         if not _in_use(kernel, family):
             continue
-        for state, sport, dport, source, destination, uid in _sockets(kernel, family, size):
+        for state, sport, dport, source, destination, uid, _ in _sockets(kernel, family, size):
             if state == _LISTEN:
                 listening.add(sport)
             else:
@@ -55,7 +78,7 @@ def socket_owners(kernel: Kernel) -> tuple[dict[tuple[int, int], int], frozenset
     owners: dict[tuple[int, int], int] = {}
     for family, size in _FAMILIES.items():
         for protocol in (TCP, UDP):
-            for state, sport, _, _, _, uid in _sockets(kernel, family, size, protocol, _ANY):
+            for state, sport, _, _, _, uid, _ in _sockets(kernel, family, size, protocol, _ANY):
                 if state != _LISTEN:
                     owners[protocol, sport] = uid
     return owners, frozenset(local_addresses(kernel))
@@ -83,18 +106,18 @@ def treated_otherwise(flows: tuple[Flow, ...], before: Ruleset | None, after: Ru
 
 def _sockets(
     kernel: Kernel, family: int, size: int, protocol: int = TCP, states: int = 1 << _ESTABLISHED | 1 << _LISTEN
-) -> list[tuple[int, int, int, bytes, bytes, int]]:
+) -> list[tuple[int, int, int, bytes, bytes, int, int]]:
     body = _REQUEST.pack(family, protocol, 0, states)
     header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
-    found: list[tuple[int, int, int, bytes, bytes, int]] = []
+    found: list[tuple[int, int, int, bytes, bytes, int, int]] = []
     for data in kernel.netlink(NETLINK_SOCK_DIAG, header + body):
         offset = 0
         while offset + _HEADER.size <= len(data):
             length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
             if kind == _SOCK_DIAG_BY_FAMILY and length >= _HEADER.size + _MESSAGE.size:
-                _, state, sport, dport, source, destination, uid = _MESSAGE.unpack_from(data, offset + _HEADER.size)
+                _, state, sport, dport, source, destination, *owner = _MESSAGE.unpack_from(data, offset + _HEADER.size)
                 ends = _plain(source[:size]), _plain(destination[:size])
-                found.append((state, int.from_bytes(sport), int.from_bytes(dport), *ends, uid))
+                found.append((state, int.from_bytes(sport), int.from_bytes(dport), *ends, *owner))
             offset += max((length + 3) & ~3, _HEADER.size)
     return found
 

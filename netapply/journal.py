@@ -264,6 +264,12 @@ class Files:
         with suppress(OSError):
             os.link(self._name, kept, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
+    def take_number(self, number: int) -> None:
+        """The present state takes an earlier one's number, which is none to go back to any more."""
+        if self._former is not None:
+            self._former = self._former._replace(number=number)
+            self._write(self._former, self._name)
+
     def reopen(self, begun: Entry) -> None:
         """The run is to be undone: it is pending again, if it was settled."""
         if not self._may_be_pending:

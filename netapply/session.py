@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from netapply import history, recovery
 from netapply.backend import Owned
 from netapply.detection import PREFERENCE
-from netapply.errors import ApplyError, JournalError, NetapplyError
+from netapply.errors import ApplyError, ConflictError, JournalError, NetapplyError
 from netapply.journal import Entry, Files, Journal
 from netapply.namespace import Namespace
 from netapply.ownership import NOTHING, Adopted, ownership
@@ -32,6 +32,11 @@ class Session(NamedTuple):
     degraded: tuple[str, ...]
     notes: tuple[str, ...]
     event: history.Event
+
+    def require(self, number: int | None) -> None:
+        """Raise ConflictError where another state stands than that of the number, if one is given."""
+        if number is not None and self.files is not None and self.files.number != number:
+            raise ConflictError(f"state {self.files.number} stands, and not {number}")
 
     def told(self, result: Result, layout: str = "", fingerprint: str = "") -> Result:
         """The result, once the history has it."""

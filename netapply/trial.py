@@ -6,6 +6,9 @@ clock counts. What is on trial stands in a file beside the journal, under the jo
 `extend` gives it more time, and the waiter goes back if it is still there, and the state is still the one on trial.
 
 A caller who dies between has confirmed nothing: then it goes back at once.
+
+Where the caller is logged in through the namespace itself, what is on trial leaves that alone (`netapply.logins`), and
+the file says what is meant: `confirm` puts that in its place.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import signal
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from netapply import core, history
 from netapply.api import Capture
 from netapply.errors import ConflictError, JournalError, NamespaceError, NetapplyError
 from netapply.journal import Files
+from netapply.logins import find_logins, spare, told_of
+from netapply.plan import CapturePlan
 from netapply.recovery import recover
 from netapply.values import NamedTuple
 
@@ -29,8 +34,18 @@ from netapply.values import NamedTuple
 PAUSE = 0.25
 #: How often the waiter tries to go back where it cannot: the lock is held, or the kernel refuses.
 ATTEMPTS = 40
+#: Seconds that confirming may take, where something is to be put in the place of what is on trial.
+CONFIRMING = 60.0
 
 Opener: TypeAlias = Callable[[], Capture]
+
+
+class Meant(NamedTuple):
+    """What is to stand once it is confirmed: a plan as `dump_plan` has it."""
+
+    plan: dict[str, Any]
+    backend: str
+    layout: str
 
 
 class Trial(NamedTuple):
@@ -38,6 +53,8 @@ class Trial(NamedTuple):
 
     number: int
     until: float
+    #: None: what stands.
+    meant: Meant | None = None
 
 
 class Waiter:
@@ -47,6 +64,21 @@ class Waiter:
         self._pipe = pipe
         #: The state that stood before, -1 where there was none.
         self.before = before
+        #: What there is to say of what stands on trial in the place of what is meant.
+        self.said: tuple[str, ...] = ()
+        self._meant: Meant | None = None
+
+    def sparing(self, capture: Capture, plan: CapturePlan, backend: str, layout: str) -> CapturePlan:
+        """The plan to put on trial: it leaves alone by what the caller is logged in here, unless it stands already."""
+        logins = find_logins(capture.namespace)
+        spared = spare(plan, logins, layout)
+        if spared == plan or capture.diff(plan, backend=backend, layout=layout).same:
+            return plan
+        from netapply.planfile import dump_plan
+
+        self._meant = Meant(dump_plan(plan), backend, layout)
+        self.said = tuple(map(told_of, logins))
+        return spared
 
     def wait(self, capture: Capture, seconds: float) -> Trial | None:
         """Put what stands on trial; None where it is what was before. Raises JournalError."""
@@ -55,7 +87,7 @@ class Waiter:
             if entry is None or files.number == self.before:
                 self.dismiss()
                 return None
-            trial = Trial(files.number, _now() + seconds)
+            trial = Trial(files.number, _now() + seconds, self._meant)
             _write(files, capture, trial)
         self._tell({"number": trial.number})
         return trial
@@ -93,12 +125,44 @@ def start(opener: Opener) -> Waiter:
 
 
 def confirm(capture: Capture) -> bool:
-    """Keep what is on trial; False where nothing is. Raises NetapplyError."""
+    """Keep what is on trial, or put what is meant in its place; False where nothing is.
+
+    Raises NetapplyError; then it is on trial as before.
+    """
     with _files(capture) as files:
-        if _read(files, capture) is None:
+        trial = _read(files, capture)
+        if trial is None:
             return False
+        if trial.meant is None:
+            os.unlink(_name(capture), dir_fd=files.directory)
+            return True
+        _write(files, capture, trial._replace(until=max(trial.until, _now() + CONFIRMING)))
+    try:
+        _put_in_place(capture, trial.meant, trial.number)
+    except BaseException:
+        with _files(capture) as files:
+            if _read(files, capture) is not None:
+                _write(files, capture, trial)
+        raise
+    with _files(capture) as files, suppress(FileNotFoundError):
         os.unlink(_name(capture), dir_fd=files.directory)
-        return True
+    return True
+
+
+def _put_in_place(capture: Capture, meant: Meant, number: int) -> None:
+    from netapply.planfile import fingerprint, load_plan
+
+    plan = load_plan(json.dumps(meant.plan), format="json", source="what is on trial")
+    core.apply(
+        capture.namespace,
+        plan,
+        backend=meant.backend,
+        layout=meant.layout,
+        journal=capture.journal,
+        fingerprint=fingerprint(plan),
+        replaces=number,
+        reason="confirmed",
+    )
 
 
 def extend(capture: Capture, seconds: float) -> bool:
@@ -198,7 +262,8 @@ def _told(files: Files, capture: Capture) -> Trial | None:
         with open(fd, encoding="ascii") as file:
             try:
                 body = json.load(file)
-                return Trial(int(body["number"]), float(body["until"]))
+                meant = Meant(**body["meant"]) if body.get("meant") else None
+                return Trial(int(body["number"]), float(body["until"]), meant)
             except (ValueError, KeyError, TypeError) as error:
                 raise JournalError(
                     f"{_name(capture)} cannot be trusted: {error}", next_step="remove it, and apply what you want"
@@ -212,7 +277,7 @@ def _write(files: Files, capture: Capture, trial: Trial) -> None:
     try:
         fd = os.open(f"{name}.new", flags, 0o600, dir_fd=files.directory)
         with open(fd, "w", encoding="ascii") as file:
-            json.dump(trial._asdict(), file)
+            json.dump({**trial._asdict(), "meant": trial.meant and trial.meant._asdict()}, file)
         os.rename(f"{name}.new", name, src_dir_fd=files.directory, dst_dir_fd=files.directory)
     except OSError as error:
         raise JournalError(f"the trial cannot be written: {error.strerror}") from error

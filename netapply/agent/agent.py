@@ -133,11 +133,13 @@ class Agent:
         layout: str = "netapply",
         confirm_within: float = 0.0,
         flush: bool = False,
+        meant: CapturePlan | None = None,
         reason: str = "",
     ) -> Result:
         """Make the namespace hold `plan`, now and from now on, also after a restart of the agent.
 
-        With `confirm_within`, in seconds, what was before comes back unless `confirm` is called in time. `flush` has
+        With `confirm_within`, in seconds, what was before comes back unless `confirm` is called in time, which puts
+        `meant` in its place, if that is given: `plan` may spare a login until then (`netapply.logins`). `flush` has
         connection tracking forget the flows that would be treated otherwise. Raises NetapplyError, and what was wanted
         before stays in force; cancelled, likewise. A namespace of which a plan file speaks is refused. `reason` is for
         the history.
@@ -157,24 +159,37 @@ class Agent:
                 await self._roster.drop(keeper)
             raise
         self._desired.requests[keeper.place.key] = Request(keeper.place, keeper.labels, wanted)
-        self._try_out(keeper, before, confirm_within)
+        then = wanted._replace(plan=meant, fingerprint=fingerprint(meant)) if meant is not None else None
+        self._try_out(keeper, before, confirm_within, then)
         self._names.watch_for(keeper)
         await self._save()
         return result
 
-    def _try_out(self, keeper: Keeper, before: Wanted | None, seconds: float) -> None:
+    def _try_out(self, keeper: Keeper, before: Wanted | None, seconds: float, meant: Wanted | None) -> None:
         """Put what was applied on trial for so long, or with 0 on none."""
         if seconds > 0:
-            self._trials.begin(keeper.place.key, before, seconds)
+            self._trials.begin(keeper.place.key, before, seconds, meant)
         else:
             self._trials.end(keeper.place.key)
         keeper.confirm_by = time.time() + seconds if seconds > 0 else 0.0
 
     async def confirm(self, target: str | int | Target) -> None:
-        """Keep what was applied on trial. Raises NetapplyError where nothing waits for it."""
+        """Keep what was applied on trial, or put what is meant in its place. Raises NetapplyError.
+
+        So it does where nothing waits; and where what is meant cannot be put there, all waits as before.
+        """
         keeper = self._roster.find(target)
-        if self._trials.end(keeper.place.key) is None:
+        key = keeper.place.key
+        trial = self._trials.end(key)
+        if trial is None:
             raise _nothing_waits(keeper)
+        if trial.meant is not None:
+            try:
+                await keeper.apply(trial.meant, "confirmed")
+            except BaseException:
+                self._trials.resume(key, trial)
+                raise
+            self._desired.requests[key] = Request(keeper.place, keeper.labels, trial.meant)
         keeper.confirm_by = 0.0
         await self._save()
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from netapply.agent.asked import Asked, label, plan_words, reason_of, refused, understand
+from netapply.agent.asked import Asked, label, logins_of, plan_words, reason_of, refused, understand
 from netapply.agent.endpoints import (
     EVENT_VERSION,
     JSON_LINES,
@@ -43,6 +43,7 @@ from netapply.errors import (
     UnsupportedError,
 )
 from netapply.jsonform import error_fields, plain
+from netapply.logins import spare
 from netapply.nsfs import open_source
 from netapply.plan import CapturePlan
 from netapply.planfile import load_plan
@@ -74,7 +75,15 @@ class AgentLike(Protocol):
     config: AgentConfig
 
     async def apply(
-        self, target: Target, plan: CapturePlan, *, backend: str, layout: str, confirm_within: float, reason: str
+        self,
+        target: Target,
+        plan: CapturePlan,
+        *,
+        backend: str,
+        layout: str,
+        confirm_within: float,
+        meant: CapturePlan | None,
+        reason: str,
     ) -> Result: ...
     async def remove(self, target: Target, *, reason: str) -> Result: ...
     async def confirm(self, target: Target) -> None: ...
@@ -172,8 +181,15 @@ class Application:
         )
         target = await self._target(asked)
         backend, layout, confirm = words
+        tried = spare(plan, logins_of(asked), layout) if confirm else plan
         result = await self._agent.apply(
-            target, plan, backend=backend, layout=layout, confirm_within=confirm, reason=reason_of(asked)
+            target,
+            tried,
+            backend=backend,
+            layout=layout,
+            confirm_within=confirm,
+            meant=plan if tried != plan else None,
+            reason=reason_of(asked),
         )
         return _document("apply", plain(result))
 

@@ -9,6 +9,7 @@ from netapply.agent.endpoints import LONGEST_CONFIRM, Endpoint
 from netapply.agent.http import Request
 from netapply.compiler import LAYOUTS
 from netapply.errors import Fault, PlanError
+from netapply.logins import Login, read_login
 from netapply.values import NamedTuple
 
 _MOST_WORDS = 64
@@ -38,7 +39,7 @@ def understand(endpoint: Endpoint, encoded: str, query: str, request: Request) -
     faults += [
         Fault(name, "more than once", "give it once")
         for name, values in found.items()
-        if name != "label" and values[1:]
+        if name not in ("label", "spare") and values[1:]
     ]
     namespace = unquote(encoded)
     if "\0" in namespace or len(namespace) > 4096:
@@ -70,6 +71,21 @@ def plan_words(asked: Asked) -> tuple[str, str, float]:
     if faults:
         raise PlanError(tuple(faults))
     return backend, layout, confirm
+
+
+def logins_of(asked: Asked) -> tuple[Login, ...]:
+    """The logins that an apply on trial is to leave alone. Raises PlanError."""
+    faults: list[Fault] = []
+    found: list[Login] = []
+    for text in asked.query.get("spare", ()):
+        login = read_login(text)
+        if login is None:
+            faults.append(Fault("spare", text[:80], "two addresses of one family and a port, with commas between"))
+        else:
+            found.append(login)
+    if faults:
+        raise PlanError(tuple(faults))
+    return tuple(found)
 
 
 def reason_of(asked: Asked) -> str:

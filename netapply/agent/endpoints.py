@@ -61,12 +61,18 @@ _CONFIRM = Parameter(
     "Seconds in which to confirm, or what was before comes back.",
     {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_CONFIRM},
 )
+_SPARE = Parameter(
+    "spare",
+    "FAR,HERE,PORT: the addresses and our port of a login that is left alone until confirm; may be repeated.",
+    {"type": "array", "items": _TEXT},
+)
 _REASON = Parameter("reason", "Why, for the history.", _TEXT)
 _PLAN_WORDS = (
     Parameter("backend", "The dialect; auto unless given.", _TEXT),
     Parameter("layout", "The arrangement of the rules; netapply unless given.", _TEXT),
     _FAIL,
     _CONFIRM,
+    _SPARE,
     _LABEL,
     _REASON,
 )

@@ -10,10 +10,14 @@ from netapply.values import NamedTuple
 
 
 class Trial(NamedTuple):
-    """What was wanted before, None for nothing, and the timer that brings it back."""
+    """What was wanted before, None for nothing, and the timer that brings it back.
+
+    `meant` is what `confirm` puts in the place of what is on trial, if that is something else.
+    """
 
     before: Wanted | None
     timer: asyncio.TimerHandle
+    meant: Wanted | None
 
 
 class Trials:
@@ -23,17 +27,21 @@ class Trials:
         self._over = over
         self._waiting: dict[str, Trial] = {}
 
-    def begin(self, key: str, before: Wanted | None, seconds: float) -> None:
+    def begin(self, key: str, before: Wanted | None, seconds: float, meant: Wanted | None = None) -> None:
         """Wait for so long. An apply upon an apply that was never confirmed goes back to before both."""
         earlier = self.end(key)
-        self._wait(key, earlier.before if earlier else before, seconds)
+        self._wait(key, earlier.before if earlier else before, meant, _now() + seconds)
 
     def extend(self, key: str, seconds: float) -> bool:
         """Wait for so long from now; False where nothing waits."""
         trial = self.end(key)
         if trial is not None:
-            self._wait(key, trial.before, seconds)
+            self._wait(key, trial.before, trial.meant, _now() + seconds)
         return trial is not None
+
+    def resume(self, key: str, trial: Trial) -> None:
+        """Wait again for what `end` gave, until the same time."""
+        self._wait(key, trial.before, trial.meant, trial.timer.when())
 
     def end(self, key: str) -> Trial | None:
         """Wait no more; None where nothing waits."""
@@ -52,11 +60,15 @@ class Trials:
         for key in list(self._waiting):
             self.end(key)
 
-    def _wait(self, key: str, before: Wanted | None, seconds: float) -> None:
-        timer = asyncio.get_running_loop().call_later(seconds, self._expire, key)
-        self._waiting[key] = Trial(before, timer)
+    def _wait(self, key: str, before: Wanted | None, meant: Wanted | None, until: float) -> None:
+        timer = asyncio.get_running_loop().call_at(until, self._expire, key)
+        self._waiting[key] = Trial(before, timer, meant)
 
     def _expire(self, key: str) -> None:
         trial = self.end(key)
         if trial is not None:
             self._over(key, trial.before)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

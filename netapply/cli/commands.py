@@ -46,21 +46,21 @@ def apply(arguments: Arguments, printer: Printer) -> int:
         delegation.refuse_extras(arguments)
         result = delegation.apply(agent, arguments, plan)
     else:
-        mark = fingerprint(plan)
         waiter = _waiter(arguments) if arguments.confirm else None
         with open_named(arguments) as capture:
+            tried = plan if waiter is None else waiter.sparing(capture, plan, arguments.backend, arguments.layout)
             result = capture.apply(
-                plan,
+                tried,
                 backend=arguments.backend,
                 layout=arguments.layout,
-                fingerprint=mark,
-                proof=_proof(capture, plan, canaries) if arguments.probe else None,
+                fingerprint=fingerprint(tried),
+                proof=_proof(capture, tried, canaries) if arguments.probe else None,
                 flush=arguments.flush_conntrack,
                 reason=arguments.reason,
             )
             if waiter is not None:
-                said = _on_trial(waiter.wait(capture, arguments.confirm), arguments)
-                result = result._replace(notes=(*result.notes, said))
+                trial = waiter.wait(capture, arguments.confirm)
+                result = result._replace(notes=(*result.notes, _on_trial(trial, arguments), *waiter.said))
     if printer.json:
         told = {"canaries": _told(canaries)} if arguments.probe else {}
         printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings], **told})

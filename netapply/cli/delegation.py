@@ -15,6 +15,7 @@ from netapply.cli import client
 from netapply.cli.words import Arguments
 from netapply.errors import NamespaceError, NetapplyError
 from netapply.jsonform import result_of
+from netapply.logins import Login, find_logins, told_of, write_login
 from netapply.namespace import Namespace
 from netapply.nsfs import open_source
 from netapply.plan import CapturePlan
@@ -36,12 +37,21 @@ def apply(agent: client.Client, arguments: Arguments, plan: CapturePlan) -> Resu
     """Have the agent apply a plan, and keep it. Raises NetapplyError."""
     from netapply.planfile import dump_plan
 
-    words = {"backend": arguments.backend, "layout": arguments.layout}
+    words = {"backend": [arguments.backend], "layout": [arguments.layout]}
+    said: tuple[str, ...] = ()
     if arguments.confirm:
-        words["confirm"] = f"{arguments.confirm:g}"
+        logins = _logins(arguments)
+        said = tuple(map(told_of, logins))
+        words |= {"confirm": [f"{arguments.confirm:g}"], "spare": [*map(write_login, logins)]}
     with _named(arguments) as (name, fd):
         body = json.dumps(dump_plan(plan)).encode()
-        return result_of(agent.ask("PUT", f"/v1/namespaces/{name}{_query(arguments, words)}", body, fd=fd))
+        done = result_of(agent.ask("PUT", f"/v1/namespaces/{name}{_query(arguments, words)}", body, fd=fd))
+    return done._replace(notes=(*done.notes, *said))
+
+
+def _logins(arguments: Arguments) -> tuple[Login, ...]:
+    with Namespace.open(arguments.netns, host=arguments.host) as namespace:
+        return find_logins(namespace)
 
 
 def clean(agent: client.Client, arguments: Arguments) -> Result | None:
@@ -57,10 +67,11 @@ def clean(agent: client.Client, arguments: Arguments) -> Result | None:
         return result_of(agent.ask("DELETE", f"/v1/namespaces/{name}{_query(arguments, {})}", fd=fd))
 
 
-def _query(arguments: Arguments, words: dict[str, str]) -> str:
+def _query(arguments: Arguments, words: dict[str, list[str]]) -> str:
     if arguments.reason:
-        words = {**words, "reason": arguments.reason}
-    return ("?" if words else "") + "&".join(f"{name}={client.quoted(word)}" for name, word in words.items())
+        words = {**words, "reason": [arguments.reason]}
+    said = [f"{name}={client.quoted(word)}" for name, each in words.items() for word in each]
+    return ("?" if said else "") + "&".join(said)
 
 
 def refuse(agent: client.Client, arguments: Arguments) -> None:
