@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial, partialmethod
 from itertools import chain
@@ -209,6 +210,18 @@ def test_the_rig_notices_a_product_that_is_broken(broken: str, monkeypatch: pyte
 def test_the_soak_notices_what_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("netapply.namespace.close_later", _nothing)
     assert any("descriptors" in line for line in soak.faults(soak.soak(20)))
+
+
+def test_the_hostile_run_notices_a_rule_of_theirs_that_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settle = Transaction._settle
+
+    def careless(transaction: Transaction, entry: Entry) -> None:
+        settle(transaction, entry)
+        flush = ["nft", "flush", "chain", "inet", "somebody", "input"]
+        transaction._namespace.inside(lambda: subprocess.run(flush, check=True))
+
+    monkeypatch.setattr(Transaction, "_settle", careless)
+    assert hostile.attacked("nftables", 10, tmp_path).foreign_lost
 
 
 def test_the_table_sums_up_what_was_tried(tmp_path: Path) -> None:
