@@ -80,6 +80,17 @@ def change_route(kernel: Kernel, operation: str, route: LocalRoute, *, add: bool
     _with_iproute(kernel, operation, lambda ipr: ipr.route(verb, family=_AF[route.family], **fields))
 
 
+def tame(ipr: Any) -> None:
+    """Have an IPRoute hear the kernel alone, wait no longer than for other answers, and print nothing."""
+    ipr.asyncore.socket.connect((0, 0))  # as `netapply.netlink.open_netlink` does
+    loop = ipr.asyncore.event_loop
+    loop.call_later(netlink.DEADLINE, loop.stop)  # it would wait for ever; so it raises RuntimeError
+    loop.set_exception_handler(_say_nothing)  # an answer that breaks it is told by the error
+
+
+def _say_nothing(_loop: object, _context: object) -> None: ...
+
+
 def _with_iproute(kernel: Kernel, operation: str, work: Callable[[Any], T]) -> T:
     def run() -> T:
         pyroute2: Any = import_module("pyroute2")  # Any: it ships no types
@@ -87,8 +98,7 @@ def _with_iproute(kernel: Kernel, operation: str, work: Callable[[Any], T]) -> T
 
         try:
             with pyroute2.IPRoute() as ipr:
-                loop = ipr.asyncore.event_loop
-                loop.call_later(netlink.DEADLINE, loop.stop)  # it would wait for ever; so it raises RuntimeError
+                tame(ipr)
                 return work(ipr)
         except refused as error:
             raise KernelError(operation, error.code) from error

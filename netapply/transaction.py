@@ -97,7 +97,7 @@ class Transaction:
             self._files.begin(begun)
         try:
             created = self._converge(entry.desired, entry.created, (snapshot, standing))
-            self._prove(entry.desired, created)
+            self._prove(entry.desired, known)
             if self._proof is not None:
                 self._step = "prove that connections are captured"
                 self._proof()
@@ -122,7 +122,7 @@ class Transaction:
         A part of something larger: without a journal, and the caller undoes it.
         """
         created = self._converge(state, record)
-        self._prove(state, created)
+        self._prove(state, record)
         return created
 
     def holds(self, state: State, record: Routing) -> bool:
@@ -137,7 +137,7 @@ class Transaction:
             self._settle(entry._replace(created=created))
             return "found finished"
         created = self._converge(entry.before, entry.created)
-        self._prove(entry.before, created)
+        self._prove(entry.before, entry.created)
         if self._files is not None:
             self._files.discard()
         return f"undone ({'; '.join(self._done)})" if self._done else "found to have changed nothing"
@@ -152,7 +152,7 @@ class Transaction:
                     self._files.reopen(start.begun)
             if not self._is_as_at(start):
                 created = self._converge(before, start.begun.created)
-                self._prove(before, created)
+                self._prove(before, start.begun.created)
             # A journal that cannot be written still says "pending", and the next command finds nothing left to undo.
             with suppress(JournalError):
                 if start.unresolved:
@@ -231,7 +231,10 @@ class Transaction:
         return result
 
     def _prove(self, state: State, record: Routing) -> None:
-        """Read back and compare. Somebody who changes ours at this very moment is put right, a few times."""
+        """Read back and compare. Somebody who changes ours at this very moment is put right, a few times.
+
+        `record` has what was ours before, too, so that what should be gone is looked for.
+        """
         wrong = ""
         for _ in range(ATTEMPTS):
             self._step = "read back"

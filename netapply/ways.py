@@ -5,10 +5,13 @@ By pyroute2, inside of the namespace and imported only when asked, as `netapply.
 
 from __future__ import annotations
 
+import errno
 from importlib import import_module
 from typing import Any
 
+from netapply.errors import KernelError
 from netapply.kernel import Kernel
+from netapply.policy import tame
 from netapply.reasons import show_address
 from netapply.sockets import socket
 from netapply.values import NamedTuple
@@ -31,12 +34,15 @@ def way_to(kernel: Kernel, destination: bytes) -> Way | None:
         refused = import_module("pyroute2.netlink.exceptions").NetlinkError
         try:
             with pyroute2.IPRoute() as ipr:
+                tame(ipr)
                 route = ipr.route("get", dst=show_address(destination))[0]
                 if route["type"] == RTN_LOCAL:
                     return Way("lo", destination)
                 device = ipr.get_links(route.get_attr("RTA_OIF"))[0].get_attr("IFLA_IFNAME")
         except refused:
             return None
+        except RuntimeError as error:
+            raise KernelError("look for a way", errno.ETIMEDOUT) from error
         return Way(str(device), _packed(route.get_attr("RTA_PREFSRC")))
 
     return kernel.inside(work)

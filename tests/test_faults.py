@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial, partialmethod
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,15 +16,16 @@ import pytest
 import netapply
 from netapply import history
 from netapply.backend import BUILT_IN
-from netapply.errors import ConflictError, NetapplyError
-from netapply.journal import KEPT, Journal
+from netapply.errors import ApplyError, ConflictError, NetapplyError
+from netapply.journal import KEPT, Entry, Files, Journal
 from netapply.plan import CapturePlan
 from netapply.testing import FakeKernel
+from netapply.transaction import Transaction
 from tests.faults import answers, circumstances, hostile, kills, refusals, report, soak, tracing
-from tests.faults.kills import Interrupt
+from tests.faults.kills import Interrupt, interruption
 from tests.faults.outcome import Outcome, Sum, summed
 from tests.faults.stage import MODES, Case, Stage, warm
-from tests.faults.tracing import Fault
+from tests.faults.tracing import Ended, Fault
 from tests.netns import Netns
 
 BACKENDS = tuple(BUILT_IN)
@@ -47,39 +51,68 @@ def sample(outcomes: Iterator[Outcome]) -> int:
     return len(found)
 
 
+def case_of(backend: str, number: int) -> Case:
+    """One of the two modes, by turns."""
+    return Case(backend, MODES[(BACKENDS.index(backend) + number) % 2], "IPv4 and IPv6")
+
+
 @each_backend
 @pytest.mark.parametrize("operation", kills.OPERATIONS, ids=lambda operation: operation.name)
 def test_killed_at_a_system_call_the_next_command_makes_it_old_or_new(
     backend: str, operation: kills.Operation, figure: Callable[[str], None]
 ) -> None:
     """A sample of the system calls of each command; `make faults` takes all."""
-    mode = MODES[(BACKENDS.index(backend) + kills.OPERATIONS.index(operation)) % 2]
-    figure(f"{sample(kills.kill_some(Case(backend, mode, 'IPv4 and IPv6'), operation, most=5))} kill points")
+    case = case_of(backend, 1)  # with REDIRECT nftables updates in one step, and nothing is interrupted
+    if backend == "iptables-legacy" or "update" not in operation.name:
+        figure(f"{sample(kills.kill_some(case, operation, most=5))} kill points")
 
 
 @each_backend
-@pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.name)
-def test_where_a_system_call_fails_it_is_told_and_old_or_new_stands(backend: str, refusal: refusals.Refusal) -> None:
-    sample(refusals.refuse_everywhere(Case(backend, "redirect", "IPv4 and IPv6"), refusal, most=2))
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_migration_killed_at_a_system_call_ends_in_one_dialect_or_the_other(
+    backend: str, step: int, figure: Callable[[str], None]
+) -> None:
+    case = case_of(backend, step)._replace(target=BACKENDS[(BACKENDS.index(backend) + step) % 3])
+    count = sample(kills.kill_some(case, kills.MIGRATE, most=5))
+    figure(f"{count + sample(kills.kill_some(case, kills.RECOVER_MIGRATE, most=2))} kill points")
+
+
+@each_backend
+@pytest.mark.parametrize("number", range(len(refusals.REFUSALS)), ids=lambda at: refusals.REFUSALS[at].name)
+def test_where_a_system_call_fails_it_is_told_and_old_or_new_stands(backend: str, number: int) -> None:
+    operation = refusals.SPOILED[number % 3]
+    refusal = refusals.REFUSALS[number]
+    sample(refusals.refuse_everywhere(case_of(backend, number), refusal, most=2, operations=(operation,)))
 
 
 @each_backend
 @pytest.mark.parametrize("name", answers.ANSWERS)
 def test_where_an_answer_is_spoiled_it_is_told_and_old_or_new_stands(backend: str, name: str) -> None:
-    sample(answers.answer_everywhere(Case(backend, "redirect", "IPv4 and IPv6"), name, most=2))
+    number = [*answers.ANSWERS].index(name)
+    operation = refusals.SPOILED[number % 3]
+    sample(answers.answer_everywhere(case_of(backend, number), name, most=2, operations=(operation,)))
+
+
+def test_routing_is_changed_whatever_strangers_send() -> None:
+    """Rules and routes are pyroute2's, and its sockets hear anybody unless they are told not to."""
+    case = Case("nftables", "tproxy", "IPv4 and IPv6")
+    found = [*answers.answer_everywhere(case, "a forger that never ends", most=8, operations=refusals.SPOILED[:1])]
+    assert [each.state for each in found if not each.wrong] == ["new"] * len(found)
 
 
 @each_backend
 @pytest.mark.parametrize(
-    "work", [answers.writers, circumstances.torn, circumstances.locked, circumstances.jumped], ids=lambda w: w.__name__
+    "work",
+    [answers.writers, partial(circumstances.torn, most=2), circumstances.locked, circumstances.jumped],
+    ids=["another writer", "a torn journal", "a lock held for ever", "a clock jump"],
 )
 def test_in_bad_circumstances_old_or_new_stands(backend: str, work: Callable[[Case], Iterator[Outcome]]) -> None:
-    sample(work(Case(backend, "redirect", "IPv4 and IPv6")))
+    sample(work(case_of(backend, 0)))
 
 
 @each_backend
 def test_a_namespace_deleted_or_replaced_in_mid_apply_and_the_other_is_never_touched(backend: str) -> None:
-    sample(circumstances.replaced(Case(backend, "redirect", "IPv4"), most=3))
+    sample(circumstances.replaced(case_of(backend, 1), most=3))
 
 
 @each_backend
@@ -110,14 +143,103 @@ def test_the_rig_sees_what_is_lost() -> None:
         stage.close()
 
 
-def test_the_table_sums_up_what_was_tried() -> None:
+TOLD = "netapply: apply: EPERM"
+
+
+@pytest.mark.parametrize(
+    ("ended", "fault"),
+    [
+        (Ended(0, "", 0), "said to be done, and is old"),
+        (Ended(1, "", 0), "no error was told"),
+        (Ended(1, f"{TOLD}\nTraceback (most recent call last)", 0), "ended with 1"),
+        (Ended(3, TOLD, 0), "ended with 3"),
+        (Ended(-11, TOLD, 0), "ended with -11"),
+        (Ended(1, TOLD, 25), "took 25 s"),
+    ],
+)
+def test_the_rig_notices_how_a_command_ends(ended: Ended, fault: str) -> None:
+    stage = Stage(Case("nftables", "redirect", "IPv4"))
+    try:
+        new = stage.reset("apply b")
+        old = stage.reset("apply a")
+        assert not refusals.judge(stage, "none", "nowhere", Ended(1, TOLD, 0), old, new).wrong
+        (line,) = refusals.judge(stage, "none", "nowhere", ended, old, new).wrong
+        assert fault in line
+    finally:
+        stage.close()
+
+
+def _without_ip6(transaction: Transaction, restore: Callable[[Transaction, Entry], str], entry: Entry) -> str:
+    """What is gone back to has the tables of IPv6 that were to come."""
+    assert entry.before.ruleset
+    assert entry.desired.ruleset
+    tables = [table for table in entry.before.ruleset.tables if table.family == "ip"]
+    tables += [table for table in entry.desired.ruleset.tables if table.family == "ip6"]
+    ruleset = entry.before.ruleset._replace(tables=tuple(tables))
+    return restore(transaction, entry._replace(before=entry.before._replace(ruleset=ruleset)))
+
+
+def _nothing(*_arguments: object) -> None: ...
+
+
+def _as_if_restored(_self: Transaction, _start: object, _known: object, _undone: object, error: Exception) -> None:
+    raise ApplyError("commit", error, restored=True)
+
+
+LEGACY = Case("iptables-legacy", "tproxy", "IPv4 and IPv6")
+BROKEN = {
+    "no journal is written": (Files, "begin", _nothing),
+    "the journal stays as it is": (Files, "discard", _nothing),
+    "IPv6 does not go back": (Transaction, "restore", partialmethod(_without_ip6, Transaction.restore)),
+    "nothing goes back": (Transaction, "_undo", _as_if_restored),
+    "nothing is read back": (Transaction, "_prove", _nothing),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_rig_notices_a_product_that_is_broken(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BROKEN[broken])
+    tried = chain(
+        answers.answer_everywhere(LEGACY, "the kernel says EPERM", most=6),
+        answers.answer_everywhere(LEGACY, "the kernel says done, and did nothing", most=6),
+        kills.kill_some(LEGACY, kills.OPERATIONS[1], most=30),
+    )
+    assert any(each.wrong for each in tried)
+
+
+def test_the_soak_notices_what_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netapply.namespace.close_later", _nothing)
+    assert any("descriptors" in line for line in soak.faults(soak.soak(20)))
+
+
+def test_the_hostile_run_notices_a_rule_of_theirs_that_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settle = Transaction._settle
+
+    def careless(transaction: Transaction, entry: Entry) -> None:
+        settle(transaction, entry)
+        flush = ["nft", "flush", "chain", "inet", "somebody", "input"]
+        transaction._namespace.inside(lambda: subprocess.run(flush, check=True))
+
+    monkeypatch.setattr(Transaction, "_settle", careless)
+    assert hostile.attacked("nftables", 10, tmp_path).foreign_lost
+
+
+def test_the_table_sums_up_what_was_tried(tmp_path: Path) -> None:
     outcomes = [
         Outcome("a fault", "nftables", "", "between", "old"),
         Outcome("a fault", "nftables", "", "new", "new"),
         Outcome("a fault", "nftables", "", "new", "", ("lost",)),
+        Outcome("a fault", "iptables-legacy", "", "new", "new"),
     ]
-    assert summed(outcomes) == {("a fault", "nftables"): Sum(3, 1, 1, 1, 1, 0)}
-    assert "| a fault | nftables | 3 | 1 | 1 | 1 | 1 |" in report.table(summed(outcomes))
+    assert summed(outcomes)["a fault", "nftables"] == Sum(3, 1, 1, 1, 1, 0)
+    assert "| a fault | 4 | 1 / 1 / 1 |  | 0 / 1 / 0 | 1 | 1 |" in report.table(summed(outcomes))
+    assert "| **all** | 4 | 1 / 1 / 1 | 0 / 0 / 0 | 0 / 1 / 0 | 1 | 1 |" in report.table(summed(outcomes))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- x: begin -->\nold\n<!-- x: end -->\nafter\n")
+    report.put(page, "x", "new\n")
+    assert page.read_text() == "before\n<!-- x: begin -->\nnew\n<!-- x: end -->\nafter\n"
+    with pytest.raises(ValueError, match="no place for y"):
+        report.put(page, "y", "")
 
 
 def test_recover_finishes_or_undoes_and_says_which() -> None:
@@ -125,7 +247,9 @@ def test_recover_finishes_or_undoes_and_says_which() -> None:
     try:
         old = stage.reset("apply a")
         assert "nothing was interrupted" in stage.run("recover").output
-        stage.fail("apply b", Interrupt(stage))
+        halfway = interruption(stage, ("apply a",), "apply b")
+        old = stage.reset("apply a")
+        stage.fail("apply b", Interrupt(stage, halfway or 0))
         assert stage.pending()
         done = stage.run("recover", "-o", "json")
         assert "an interrupted run was undone" in json.loads(done.output)["reason"]

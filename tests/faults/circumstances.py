@@ -14,7 +14,7 @@ from pathlib import Path
 from netapply.namespace import Namespace
 from tests import netns
 from tests.faults import pictures, tracing
-from tests.faults.kills import Interrupt, named, spread
+from tests.faults.kills import Interrupt, interruption, named, spread
 from tests.faults.outcome import Outcome
 from tests.faults.refusals import judge
 from tests.faults.stage import Case, Stage, command_line
@@ -34,34 +34,40 @@ _DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }  # fmt: skip
 
 
-def torn(case: Case) -> Iterator[Outcome]:
-    """The journal of an interrupted run cannot be trusted: it is set aside, told, and the next apply gets there."""
+def torn(case: Case, *, most: int = len(_DAMAGES)) -> Iterator[Outcome]:
+    """A journal that cannot be trusted is set aside, and told; the next apply gets there, and clean leaves nothing.
+
+    `most` of the ways in which it can be torn are tried.
+    """
     stage = Stage(case)
     try:
-        new = stage.reset("apply b")
-        for name, damage in _DAMAGES.items():
-            for at, command in enumerate(("apply b", "recover")):
-                old = stage.reset("apply a")
-                stage.fail("apply b", Interrupt(stage))
-                files = [stage.state / each for each in stage.pending()] or stage.journal()
-                pending = bool(stage.pending())
-                for path in files:
-                    path.write_bytes(damage(path.read_bytes()))
-                ended = stage.run(command)
-                wrong = [] if "set aside" in ended.output else [f"{command} did not tell: {ended.output}"]
-                if ended.code != at:
-                    wrong.append(f"{command} ended with {ended.code}: {ended.output}")
-                if at:
-                    stage.reset("apply b")
-                then = stage.picture()
-                state = named(then, old, new)
-                if state != "new":
-                    wrong.append(f"not new after apply: {pictures.difference(then, new)}")
-                wrong += pictures.lost(stage.empty, then, counters=False)
-                where = f"{case}: {name}, {'pending' if pending else 'settled'}, then {command}"
-                yield Outcome(
-                    "a torn journal", case.backend, where, "between" if pending else "old", state, tuple(wrong)
-                )
+        halfway = interruption(stage, ("clean",), "apply a")
+        new = stage.reset("clean", "apply a")
+        for name, damage in [*_DAMAGES.items()][:most]:
+            for pending in (True, False) if halfway is not None else (False,):
+                for at, command in enumerate(("apply b", "recover")):
+                    if pending:
+                        old = stage.reset("clean")
+                        stage.fail("apply a", Interrupt(stage, halfway or 0))
+                    else:
+                        old = stage.reset("clean", "apply a")
+                    files = [stage.state / each for each in stage.pending()] if pending else stage.journal()
+                    at_once = named(stage.picture(), old, new)
+                    for path in files:
+                        path.write_bytes(damage(path.read_bytes()))
+                    ended = stage.run(command)
+                    wrong = [] if "set aside" in ended.output else [f"{command} did not tell: {ended.output}"]
+                    if ended.code != at:
+                        wrong.append(f"{command} ended with {ended.code}: {ended.output}")
+                    then = stage.reset("apply a")
+                    if then.state != new.state:
+                        wrong.append(f"not new after apply: {pictures.difference(then, new)}")
+                    wrong += pictures.lost(stage.empty, then, legacy_counters=False)
+                    left = stage.reset("clean")
+                    if left.state != stage.empty.state:
+                        wrong.append(f"left after clean: {pictures.difference(left, stage.empty)}")
+                    where = f"{case}: {name}, {'pending' if pending else 'settled'}, then {command}"
+                    yield Outcome("a torn journal", case.backend, where, at_once or "between", "new", tuple(wrong))
     finally:
         stage.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,12 +12,17 @@ from tests.faults.pictures import Picture
 from tests.faults.stage import Case, Stage
 from tests.faults.tracing import CALLS, Call, Child, Fault, Kill
 
-#: Calls that can change anything that outlives the process. Between two of them, death at any point is the same.
+#: Calls that can change something that outlives the process. Between two of them, death at any point is the same.
 _CHANGING = frozenset(
     CALLS[name]
     for name in ("write", "sendto", "sendmsg", "setsockopt", "flock", "fsync", "rename", "renameat", "mkdir", "link",
-                 "linkat", "unlink", "unlinkat", "setns", "openat")
+                 "linkat", "unlink", "unlinkat", "openat")
 )  # fmt: skip
+#: asm-generic/fcntl.h: O_WRONLY, O_RDWR or O_CREAT.
+_TO_WRITE = 0o103
+#: linux/netlink.h: NLM_F_ACK and NLM_F_DUMP; linux/netfilter/nfnetlink.h: NFNL_MSG_BATCH_BEGIN.
+_ACK, _DUMP, _BATCH_BEGIN = 0x4, 0x300, 0x10
+_REQUESTS = frozenset((CALLS["sendto"], CALLS["sendmsg"], CALLS["setsockopt"]))
 
 
 class Operation(NamedTuple):
@@ -25,8 +31,8 @@ class Operation(NamedTuple):
     name: str
     command: str
     before: tuple[str, ...]
-    #: A fault that leaves an interrupted run for the command to find: the share of the calls that are made.
-    interrupted: float = 0
+    #: The command that is killed first, to leave an interrupted run for this one to find.
+    interrupted: str = ""
 
 
 OPERATIONS = (
@@ -34,8 +40,31 @@ OPERATIONS = (
     Operation("update", "apply b", ("apply a",)),
     Operation("clean", "clean", ("apply a",)),
     Operation("rollback", "rollback", ("apply b", "apply a")),
-    Operation("recover", "recover", ("apply a",), 1),
+    Operation("recover after apply", "recover", ("clean",), "apply a"),
+    Operation("recover after update", "recover", ("apply a",), "apply b"),
+    Operation("recover after clean", "recover", ("apply a",), "clean"),
 )
+#: Of a case with a dialect to go to.
+MIGRATE = Operation("migrate", "migrate b", ("clean", "apply a"))
+RECOVER_MIGRATE = Operation("recover after migrate", "recover", ("clean", "apply a"), "migrate b")
+PROBED = Operation("migrate with canary connections", "probed b", ("clean", "apply a"))
+
+
+def changes(child: Child, call: Call) -> bool:
+    """Whether the call changes something that outlives the process."""
+    if call.number not in _CHANGING:
+        return False
+    match call.name:
+        case "openat":
+            return bool(call.arguments[2] & _TO_WRITE)
+        case "write":
+            return call.arguments[0] > 2
+        case "setsockopt":
+            return call.arguments[1] in (0, 41)  # IPPROTO_IP, IPPROTO_IPV6: the others are about the socket
+        case "sendto":
+            kind, flags = struct.unpack("=HH", child.memory(call.arguments[1] + 4, 4))
+            return kind == _BATCH_BEGIN or (flags & _ACK != 0 and flags & _DUMP != _DUMP)
+    return True
 
 
 class _Watch(Fault):
@@ -47,27 +76,38 @@ class _Watch(Fault):
         self.changing: list[int] = []
 
     def entering(self, child: Child, call: Call) -> int:
-        if call.number in _CHANGING:
+        if changes(child, call):
             self.changing.append(call.place)
         return 0
 
 
 class Interrupt(Fault):
-    """Kills when the rules were committed, or a first table of them, and the journal still says pending."""
+    """Kills before the `at`th change of the kernel that is made while the journal says pending."""
 
     curious = True
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, at: int) -> None:
         self._stage = stage
-        self._sent = 0
+        self._at = at
+        self.found = 0
 
     def entering(self, child: Child, call: Call) -> int:
-        if self._stage.pending() and call.number in (CALLS["sendto"], CALLS["sendmsg"], CALLS["setsockopt"]):
-            self._sent += 1
-            if self._sent == 4:
+        if call.number in _REQUESTS and changes(child, call) and self._stage.pending():
+            if self.found == self._at:
                 self.hit = True
                 child.kill()
+            self.found += 1
         return 0
+
+
+def interruption(stage: Stage, before: tuple[str, ...], command: str) -> int | None:
+    """Before which change `Interrupt` leaves `command` halfway; None where it is one atomic step, with no journal."""
+    stage.reset(*before)
+    watch = Interrupt(stage, 1 << 30)
+    done = stage.fail(command, watch)
+    if done.code:
+        raise AssertionError(f"{stage.case}: {command} ended with {done.code}: {done.output}")
+    return watch.found // 2 if watch.found else None
 
 
 def kill_everywhere(case: Case, operation: Operation, *, stride: int) -> Iterator[Outcome]:
@@ -93,10 +133,16 @@ def spread(count: int, most: int) -> list[int]:
 def _kill(case: Case, operation: Operation, points: Callable[[_Watch], list[int]]) -> Iterator[Outcome]:
     stage = Stage(case)
     try:
-        old, new, calls = _rehearse(stage, operation)
+        halfway = 0
+        if operation.interrupted:
+            place = interruption(stage, operation.before, operation.interrupted)
+            if place is None:
+                return
+            halfway = place
+        old, new, calls = _rehearse(stage, operation, halfway)
         for at in points(calls):
             if at < calls.calls:
-                _prepare(stage, operation)
+                _prepare(stage, operation, halfway)
                 begun = stage.picture()
                 fault = Kill(at)
                 ended = stage.fail(operation.command, fault)
@@ -107,25 +153,29 @@ def _kill(case: Case, operation: Operation, points: Callable[[_Watch], list[int]
         stage.close()
 
 
-def _rehearse(stage: Stage, operation: Operation) -> tuple[Picture, Picture, _Watch]:
+def _rehearse(stage: Stage, operation: Operation, halfway: int) -> tuple[Picture, Picture, _Watch]:
     """The old state, the new one, and the calls that lie between."""
-    _prepare(stage, operation)
-    old = stage.picture()
+    old = stage.reset(*operation.before)
+    if operation.interrupted:  # what it goes back to is not what it finds
+        new = stage.reset(operation.interrupted)
+    _prepare(stage, operation, halfway)
     watch = _Watch()
     done = stage.fail(operation.command, watch)
     if done.code:
         raise AssertionError(f"{stage.case}: {operation.command} ended with {done.code}: {done.output}")
-    new = stage.picture()
-    if operation.interrupted:  # what it goes back to is not what it finds
-        old = stage.reset(*operation.before)
-        new = stage.reset("apply b")
+    if not operation.interrupted:
+        new = stage.picture()
+    if old.state == new.state:
+        raise AssertionError(f"{stage.case}: {operation.name} changes nothing, and so tells nothing")
     return old, new, watch
 
 
-def _prepare(stage: Stage, operation: Operation) -> None:
+def _prepare(stage: Stage, operation: Operation, halfway: int) -> None:
     stage.reset(*operation.before)
     if operation.interrupted:
-        stage.fail("apply b", Interrupt(stage))
+        stage.fail(operation.interrupted, Interrupt(stage, halfway))
+        if not stage.pending():
+            raise AssertionError(f"{stage.case}: {operation.interrupted} was not interrupted")
 
 
 def _judge(stage: Stage, operation: Operation, fault: Fault, code: int, states: tuple[Picture, ...]) -> Outcome:
@@ -140,7 +190,7 @@ def _judge(stage: Stage, operation: Operation, fault: Fault, code: int, states: 
         faults.append(f"recover ended with {recovered.code}: {recovered.output}")
     if left := stage.pending():
         faults.append(f"still pending: {left}")
-    faults += pictures.lost(stage.empty, then, counters=False)
+    faults += pictures.lost(stage.empty, then, legacy_counters=False, counters=operation != PROBED)
     counters = pictures.zeroed(begun, then)
     state = named(then, old, new)
     if not state:

@@ -8,6 +8,7 @@ the same. `foreign` keeps the handles and counters: who has these has not been t
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -29,6 +30,9 @@ _HANDLE = {_TABLE: 4, _CHAIN: 2, _RULE: 3, _SET: 16}
 _PLACES = {"ip": (88, 96), "ip6": (140, 152)}
 #: linux/rtnetlink.h: what is asked for, the size of its fixed part, attributes that age, the type of the answer.
 _ROUTING = {"addresses": (22, 8, {6}, 20), "routes": (26, 12, {12}, 24), "policy": (34, 12, set[int](), 32)}
+
+#: struct nft_counter as an expression of a rule: linux/netfilter/nf_tables.h, NFTA_COUNTER_BYTES and _PACKETS.
+_COUNTER = re.compile(rb"(counter\0\x1c\0\x02[\0\x80]\x0c\0\x01\0).{8}(\x0c\0\x02\0).{8}", re.DOTALL)
 
 Key = tuple[str, ...]
 Attributes = dict[int, bytes]
@@ -62,17 +66,27 @@ def take(namespace: Namespace) -> Picture:
     return Picture(state, exact)
 
 
-def lost(before: Picture, now: Picture, *, counters: bool = True) -> list[str]:
+def lost(before: Picture, now: Picture, *, legacy_counters: bool = True, counters: bool = True) -> list[str]:
     """What was there before, to the handle, and is no more, or in another order: a line each."""
+
+    def seen(key: Key, item: bytes) -> bytes:
+        if key[0] == "legacy":
+            return item if counters and legacy_counters else item[16:]
+        return item if counters else _uncounted(item)
+
     gone: list[str] = []
     for key, items in before.exact.items():
         left = iter(now.exact.get(key, ()))
         for item in items:
-            wanted = item if counters or key[0] != "legacy" else item[16:]
-            if not any((have if counters or key[0] != "legacy" else have[16:]) == wanted for have in left):
+            wanted = seen(key, item)
+            if not any(seen(key, have) == wanted for have in left):
                 gone.append(f"{' '.join(key)}: {item[:60].hex()}")
                 break
     return gone
+
+
+def _uncounted(rule: bytes) -> bytes:
+    return _COUNTER.sub(lambda found: found[1] + bytes(8) + found[2] + bytes(8), rule)
 
 
 def zeroed(before: Picture, now: Picture) -> bool:
@@ -101,7 +115,7 @@ def _nftables(namespace: Namespace, state: dict[Key, object], exact: dict[Key, t
             table = _text(attributes[1])
             if kind == _RULE:
                 chain: Key = ("rules", family, table, _text(attributes[2]))
-                rules.setdefault(chain, []).append(_without_set_index(kept))
+                rules.setdefault(chain, []).append(_uncounted(_without_set_index(kept)))
                 raw.setdefault(chain, []).append(handle + kept)
                 continue
             named = _NAME.get(kind)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from netapply import netlink
 from tests.faults import pictures
-from tests.faults.kills import named, spread
+from tests.faults.kills import OPERATIONS, Operation, named, spread
 from tests.faults.outcome import Outcome
 from tests.faults.pictures import Picture
 from tests.faults.stage import Case, Stage
@@ -22,6 +22,11 @@ _DISK = ("write", "fsync", "rename", "renameat", "link", "linkat", "openat", "un
 _CREATES = 0o100
 #: A kernel without IPv6 has no such file: ENOENT is an answer here, and IPv6 is left out, and told.
 _IPV6 = b"/proc/sys/net/ipv6/conf/lo/disable_ipv6"
+
+
+NEVER = 1 << 30
+#: What faults befall but kills, which befall more.
+SPOILED = OPERATIONS[:3]
 
 
 class Refusal(NamedTuple):
@@ -55,27 +60,47 @@ REFUSALS = (
 )
 
 
-class Refused(Fault):
-    """The `at`th of the calls that a refusal is about."""
+class Numbered(Fault):
+    """A fault that happens at the `at`th occasion for it."""
 
     curious = True
+    #: Whether it happens from then on.
+    always = False
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+        #: How many occasions there were.
+        self.found = 0
+
+    def due(self) -> bool:
+        self.found += 1
+        self._left -= 1
+        if self._left == -1 or (self.hit and self.always):
+            self.hit = True
+            return True
+        return False
+
+
+class Refused(Numbered):
+    """The `at`th of the calls that a refusal is about."""
 
     def __init__(self, refusal: Refusal, at: int) -> None:
+        super().__init__(at)
+        self.always = refusal.always
         self._refusal = refusal
         self._numbers = frozenset(CALLS[name] for name in refusal.calls)
-        self._left = at
 
     def entering(self, child: Child, call: Call) -> int:
         if self._refusal.after or not self._is_meant(child, call):
             return 0
-        return self._refusal.errno if self._due() else 0
+        return self._refusal.errno if self.due() else 0
 
     def leaving(self, child: Child, call: Call, result: int) -> int | None:
         if self.hit and self._refusal.hasty and call.number == CALLS["poll"]:
             return 0
         if not self._refusal.after or not self._is_meant(child, call) or result < 0:
             return None
-        return -self._refusal.errno if self._due() else None
+        return -self._refusal.errno if self.due() else None
 
     def _is_meant(self, child: Child, call: Call) -> bool:
         if call.number not in self._numbers:
@@ -90,48 +115,41 @@ class Refused(Fault):
             return bool(call.arguments[2] & _CREATES)
         return True
 
-    def _due(self) -> bool:
-        self._left -= 1
-        if self._left == -1 or (self.hit and self._refusal.always):
-            self.hit = True
-            return True
-        return False
+
+def refuse_everywhere(
+    case: Case, refusal: Refusal, *, most: int, operations: Sequence[Operation] = SPOILED
+) -> Iterator[Outcome]:
+    """Commands whose calls fail, each in turn or, of many, `most`."""
+    deadline = 0.2 if refusal.always else netlink.DEADLINE
+    yield from spoil(case, refusal.name, lambda _, at: Refused(refusal, at), operations, most=most, deadline=deadline)
 
 
-def refuse_everywhere(case: Case, refusal: Refusal, *, most: int) -> Iterator[Outcome]:
-    """An update whose calls fail, each in turn or, of many, `most`."""
+def spoil(
+    case: Case,
+    name: str,
+    make: Callable[[Stage, int], Numbered],
+    operations: Sequence[Operation],
+    *,
+    most: int,
+    deadline: float,
+) -> Iterator[Outcome]:
+    """Each of the operations with each fault that `make` makes of a number, `most` of them in all, evenly."""
     stage = Stage(case)
     try:
-        new = stage.reset("apply b")
-        old = stage.reset("apply a")
-        for at in spread(_count(stage, refusal), most):
-            fault = Refused(refusal, at)
-            ended = stage.fail("apply b", fault, deadline=0.2 if refusal.always else netlink.DEADLINE)
-            if not fault.hit:
-                continue
-            where = f"{case}: {refusal.name} at {fault.killed_at} {at}"
-            yield judge(stage, refusal.name, where, ended, old, new)
-            if stage.picture().state != old.state:
-                stage.reset("apply a")
+        for operation in operations:
+            old = stage.reset(*operation.before)
+            counted = make(stage, NEVER)
+            stage.fail(operation.command, counted)
+            new = stage.picture()
+            for at in spread(counted.found, max(1, most // len(operations))):
+                stage.reset(*operation.before)
+                fault = make(stage, at)
+                ended = stage.fail(operation.command, fault, deadline=deadline)
+                if fault.hit:
+                    where = f"{case}: {name}, {operation.name} at {fault.killed_at} {at}"
+                    yield judge(stage, name, where, ended, old, new)
     finally:
         stage.close()
-
-
-class _Counted(Refused):
-    """Counts the calls, and refuses none."""
-
-    found = 0
-
-    def _due(self) -> bool:
-        self.found += 1
-        return False
-
-
-def _count(stage: Stage, refusal: Refusal) -> int:
-    fault = _Counted(refusal, 0)
-    stage.fail("apply b", fault)
-    stage.reset("apply a")
-    return fault.found
 
 
 def judge(stage: Stage, fault: str, where: str, ended: Ended, old: Picture, new: Picture) -> Outcome:
@@ -166,5 +184,5 @@ def resolved(stage: Stage, so_far: Outcome, old: Picture, new: Picture) -> Outco
         wrong.append(f"neither old nor new: {pictures.difference(then, old)} | {pictures.difference(then, new)}")
     if stage.pending():
         wrong.append("the journal still says pending")
-    wrong += pictures.lost(stage.empty, then, counters=False)
+    wrong += pictures.lost(stage.empty, then, legacy_counters=False)
     return so_far._replace(state=state, wrong=tuple(wrong))

@@ -1,35 +1,53 @@
-"""The table of fault classes, in Markdown."""
+"""What the rig found, in Markdown, put into a document between marks of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from netapply.backend import BUILT_IN
 from tests.faults.outcome import Sum
 
-_BEGIN, _END = "<!-- faults: begin -->\n", "<!-- faults: end -->"
 _HEAD = (
-    "| Fault | Dialect | Tries | Between at once | Old | New | Lost |\n"
-    "| --- | --- | ---: | ---: | ---: | ---: | ---: |\n"
+    f"| Fault | Tries | {' | '.join(BUILT_IN)} | Between at once | Lost |\n"
+    f"| --- | ---: | {'---: | ' * len(BUILT_IN)}---: | ---: |\n"
 )
 
 
 def table(sums: Mapping[tuple[str, str], Sum]) -> str:
-    """A row for each class and dialect, and one for all."""
-    lines = [
-        f"| {fault} | {backend} | {one.tries} | {one.between} | {one.old} | {one.new} | {one.lost} |\n"
-        for (fault, backend), one in sorted(sums.items())
-    ]
-    whole = [sum(each) for each in zip(*sums.values(), strict=True)] if sums else [0] * 6
-    tries, between, old, new, lost, _ = whole
-    lines.append(f"| **all** | | **{tries}** | **{between}** | **{old}** | **{new}** | **{lost}** |\n")
-    return _HEAD + "".join(lines)
+    """A row for each class and one for all; of each dialect how many tries ended old, new and lost."""
+    faults = dict.fromkeys(fault for fault, _ in sums)
+    rows = [(fault, {backend: sums.get((fault, backend)) for backend in BUILT_IN}) for fault in faults]
+    rows.append(
+        ("**all**", {backend: _total(s for (_, of), s in sums.items() if of == backend) for backend in BUILT_IN})
+    )
+    return _HEAD + "".join(_row(fault, [*found.values()]) for fault, found in rows)
 
 
-def write(document: Path, sums: Mapping[tuple[str, str], Sum], seconds: float) -> None:
-    """Put the table between its marks."""
-    head, _, rest = document.read_text().partition(_BEGIN)
-    tail = rest.partition(_END)[2]
-    killed = sum(one.tries for (fault, _), one in sums.items() if fault.startswith("killed"))
-    said = f"\n{killed} kill points; all of it took {seconds:.0f} s.\n"
-    document.write_text(head + _BEGIN + table(sums) + said + _END + tail)
+def _row(fault: str, found: Sequence[Sum | None]) -> str:
+    whole = _total(each for each in found if each)
+    cells = " | ".join(f"{each.old} / {each.new} / {each.lost}" if each else "" for each in found)
+    return f"| {fault} | {whole.tries} | {cells} | {whole.between} | {whole.lost} |\n"
+
+
+def _total(found: Iterable[Sum]) -> Sum:
+    return Sum(*(sum(each) for each in zip(*found, strict=True))) if (found := [*found]) else Sum(0, 0, 0, 0, 0, 0)
+
+
+def conditions(command: str, seconds: float) -> str:
+    """When, where and by which command it was found out, and how long that took."""
+    day = time.strftime("%Y-%m-%d")
+    where = f"Linux {platform.release()}, Python {platform.python_version()}, {os.cpu_count()} cores"
+    return f"`{command}`, {day}, {where}, {seconds:.0f} s."
+
+
+def put(document: Path, name: str, text: str) -> None:
+    """Replace what is between the marks `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    head, found, rest = document.read_text().partition(begin)
+    if not found or end not in rest:
+        raise ValueError(f"{document} has no place for {name}")
+    document.write_text(head + begin + text + end + rest.partition(end)[2])

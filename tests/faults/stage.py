@@ -39,9 +39,12 @@ class Case(NamedTuple):
     backend: str
     mode: str
     families: str
+    #: The backend that `migrate` goes to.
+    target: str = ""
 
     def __str__(self) -> str:
-        return f"{self.backend}, {self.mode}, {self.families}"
+        dialects = f"{self.backend} to {self.target}" if self.target else self.backend
+        return f"{dialects}, {self.mode}, {self.families}"
 
 
 class Stage:
@@ -60,7 +63,8 @@ class Stage:
             path.write_text(f"apiVersion: netapply/v1\nipv6: {FAMILIES[case.families]}\n{text}")
             self.plans.append(str(path))
         self.netns = netns.make()
-        foreign.put_up(self.netns, case.backend)
+        for backend in filter(None, (case.backend, case.target)):
+            foreign.put_up(self.netns, backend)
         self.namespace = Namespace.open(self.netns.path)
         self.empty = self.picture()
 
@@ -72,12 +76,22 @@ class Stage:
         shutil.rmtree(self.directory)
 
     def words(self, command: str, *more: str, where: str = "", lock_timeout: float = 10) -> list[str]:
-        """A command line. "apply a" and "apply b" take one of the two plans."""
+        """A command line. "apply a" takes one of the two plans, "migrate b" the other; "probed b" with connections."""
         name, _, plan = command.partition(" ")
-        words = [name, "-N", where or self.netns.path, "--state-dir", str(self.state)]
+        words = [
+            "migrate" if name == "probed" else name,
+            "-N",
+            where or self.netns.path,
+            "--state-dir",
+            str(self.state),
+        ]
         words += ["--lock-timeout", str(lock_timeout), *more]
         if name == "apply":
             words += [self.plans["ab".index(plan)], "--backend", self.case.backend]
+        elif plan:
+            words += [self.plans["ab".index(plan)], "--to", self.case.target]
+        if name == "migrate":
+            words.append("--no-probe")
         return words
 
     def run(self, command: str, *more: str, **how: float) -> Ended:

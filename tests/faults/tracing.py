@@ -35,6 +35,9 @@ CALLS = {
 }  # fmt: skip
 NAMES = {number: name for name, number in CALLS.items()}
 
+#: In place of an errno: the call is not made, and said to have been.
+DONE = 1 << 16
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
 _libc.ptrace.restype = ctypes.c_long
@@ -64,7 +67,7 @@ class Fault:
     killed_at = ""
 
     def entering(self, child: Child, call: Call) -> int:
-        """Asked before a call is made: an errno to give in its place, or 0."""
+        """Asked before a call is made: an errno to give in its place, or `DONE`, or 0."""
         return 0
 
     def leaving(self, child: Child, call: Call, result: int) -> int | None:
@@ -198,7 +201,7 @@ def _at_call(child: Child, thread: int, fault: Fault, made: dict[int, tuple[Call
     if thread in made:
         call, refused = made.pop(thread)
         if refused:
-            _set(thread, _RAX, -refused)
+            _set(thread, _RAX, 0 if refused == DONE else -refused)
         elif fault.curious:
             result = _get(thread, _RAX)
             other = fault.leaving(child, call, result)
