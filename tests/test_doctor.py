@@ -5,7 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,12 +16,15 @@ import pytest
 
 from netapply.api import Capture, open_capture
 from netapply.cli import main
-from netapply.doctor import Finding, Sight, examine, network, proxy
+from netapply.doctor import Finding, Sight, examine, network, others, proxy
 from netapply.doctor import machine as of_machine
-from netapply.doctor.report import Redactor
+from netapply.doctor.report import Redactor, write_report
+from netapply.lab import Lab
+from netapply.lab.flows import APP_PORT
+from netapply.lab.network import ADDRESSES
 from netapply.plan import CapturePlan
 from netapply.planfile import load_plan
-from tests.netns import Netns
+from tests.netns import PATIENCE, Netns
 
 V1 = "apiVersion: netapply/v1\n"
 
@@ -82,6 +88,7 @@ def test_looking_changes_nothing(netns: Netns, capture: Capture) -> None:
     findings = list(examine(Sight(capture, plan())))
     assert everything() == before
     assert {each.result for each in findings} <= {"ok", "notice"}, findings
+    assert all(each.fix and "\n" not in each.fix for each in findings if each.result != "ok"), findings
     assert len({each.check for each in findings}) >= 18
 
 
@@ -145,16 +152,30 @@ def test_our_own_policy_rule_is_not_foreign(capture: Capture) -> None:
     assert only(network.marks, Sight(capture, tproxy)).result == "ok"
 
 
-def test_a_strict_reverse_path_filter_is_trouble_for_tproxy_alone(netns: Netns, capture: Capture) -> None:
-    netns.run("sysctl", "-qw", "net.ipv4.conf.lo.rp_filter=1")
-    found = about(network.sysctls(Sight(capture, plan("inbound: {mode: tproxy}\n"))), "rp_filter")
-    assert (found.result, "lo" in found.evidence) == ("trouble", True)
-    assert about(network.sysctls(Sight(capture, plan())), "rp_filter").result == "ok"
+@pytest.mark.parametrize("rp_filter", ["0", "1", "2"])
+@pytest.mark.parametrize("on", ["eth0", "all"])
+@pytest.mark.parametrize("accept_local", ["0", "1"])
+@pytest.mark.parametrize("by_mark", ["0", "1"])
+async def test_what_is_said_to_drop_tproxys_packets_does_so_and_nothing_else_does(
+    rp_filter: str, on: str, accept_local: str, by_mark: str
+) -> None:
+    settings = {"rp_filter": rp_filter, "accept_local": accept_local, "src_valid_mark": by_mark}
+    tproxy = plan("inbound: {mode: tproxy}\n")
+    async with Lab() as lab:
+        for name, value in settings.items():
+            place = Path(f"/proc/sys/net/ipv4/conf/{on}/{name}")
+            lab.pod.inside(lambda place=place, value=value: place.write_text(value))
+        with open_capture(lab.pod.path) as capture:
+            capture.apply(tproxy)
+            found = only(network.reverse_path, Sight(capture, tproxy))
+            assert only(network.reverse_path, Sight(capture, plan())).result == "ok"  # REDIRECT needs no mark
+        answer = await lab.tcp("remote", (ADDRESSES["ip"].pod, APP_PORT), timeout=0.5)
+    assert answer.who == ("" if found.result == "trouble" else "app"), found
 
 
 def test_route_localnet_for_all_is_trouble(netns: Netns, capture: Capture) -> None:
     netns.run("sysctl", "-qw", "net.ipv4.conf.all.route_localnet=1")
-    found = about(network.sysctls(Sight(capture)), "route_localnet")
+    found = only(network.route_localnet, Sight(capture))
     assert (found.result, found.fix) == ("trouble", "sysctl -w net.ipv4.conf.all.route_localnet=0")
 
 
@@ -190,6 +211,35 @@ def test_a_second_program_with_the_proxys_uid_is_trouble(netns: Netns, capture: 
     assert (found.result, found.evidence) == ("trouble", "uid 1337 is exempt, and is that of app (13), envoy (10)")
 
 
+def test_real_processes_with_the_proxys_uid_are_told_apart_by_name(netns: Netns, capture: Capture) -> None:
+    def run(*words: str) -> None:
+        running.append(netns.spawn("setpriv", "--reuid=1337", "--clear-groups", *words))
+
+    def found() -> Finding:
+        return only(proxy.owners, Sight(capture, plan()))
+
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        run("sleep", "60")
+        run("sleep", "60")
+        _eventually(lambda: "sleep" in found().evidence)
+        assert found().result == "ok"  # of one program there may be many
+        run("tail", "-f", "/dev/null")
+        _eventually(lambda: found().result == "trouble")
+        assert "tail (" in found().evidence
+    finally:
+        for process in running:
+            process.kill()
+            process.wait(PATIENCE)
+
+
+def _eventually(look: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not look():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 
@@ -217,32 +267,60 @@ def test_who_holds_the_lock_is_named(root: Root, capture: Capture, monkeypatch: 
 
 
 def test_networkd_is_asked_what_it_does_to_foreign_rules(root: Root, sight: Sight) -> None:
-    assert only(of_machine.networkd, sight).evidence == "does not run"
+    assert only(others.networkd, sight).evidence == "does not run"
     root.run(5, "systemd-networkd")
-    assert only(of_machine.networkd, sight).result == "notice"
+    assert only(others.networkd, sight).result == "notice"
     root.write("etc/systemd/networkd.conf", "[Network]\nManageForeignRoutingPolicyRules=no\nManageForeignRoutes=no\n")
-    assert only(of_machine.networkd, sight).result == "ok"
+    assert only(others.networkd, sight).result == "ok"
     root.write("run/systemd/networkd.conf.d/a.conf", "[Network]\nManageForeignRoutingPolicyRules=yes\n")
-    assert "ManageForeignRoutingPolicyRules" in only(of_machine.networkd, sight).evidence
+    assert "ManageForeignRoutingPolicyRules" in only(others.networkd, sight).evidence
     root.write("etc/systemd/networkd.conf.d/b.conf", "[Network]\nManageForeignRoutingPolicyRules=false\n")
-    assert only(of_machine.networkd, sight).result == "ok"
+    assert only(others.networkd, sight).result == "ok"
 
 
 def test_other_firewalls_are_named_with_their_habits(root: Root, sight: Sight) -> None:
-    assert only(of_machine.firewalls, sight).evidence == "none seen"
+    assert only(others.firewalls, sight).evidence == "none seen"
     root.run(7, "firewalld")
     root.run(8, "fail2ban-server")
     root.write("etc/nftables.conf", "#!/usr/sbin/nft -f\nflush ruleset\n")
+    root.write("etc/iptables/rules.v4", "*nat\nCOMMIT\n")
+    assert [each.evidence.split()[0] for each in others.firewalls(sight)] == ["firewalld", "fail2ban-server"]
     root.write("etc/systemd/system/sysinit.target.wants/nftables.service")
-    found = [each.evidence for each in of_machine.firewalls(sight)]
-    assert [each.split()[0] for each in found] == ["firewalld", "fail2ban-server", "nftables.service"]
+    root.write("etc/systemd/system/multi-user.target.wants/netfilter-persistent.service")
+    root.write("etc/ufw/ufw.conf", "ENABLED=yes\n")
+    found = [each.evidence for each in others.firewalls(sight)]
+    names = ["firewalld", "nftables.service", "netfilter-persistent.service", "fail2ban-server", "ufw"]
+    assert [each.split()[0] for each in found] == names
+    assert "/etc/iptables/rules.v4 is restored whole" in found[2]
+    assert all(each.fix for each in others.firewalls(sight))
+
+
+@pytest.mark.parametrize(("backend", "word"), [("nftables", "its own table"), ("iptables", "every iptables table")])
+def test_what_firewalld_flushes_goes_by_its_backend(root: Root, sight: Sight, backend: str, word: str) -> None:
+    root.run(7, "firewalld")
+    root.write("etc/firewalld/firewalld.conf", f"# FirewallBackend\nFirewallBackend={backend}\n")
+    found = only(others.firewalls, sight)
+    assert (f"firewalld (7), FirewallBackend={backend}: " in found.evidence, word in found.evidence) == (True, True)
 
 
 def test_denials_of_security_modules_are_found(root: Root, sight: Sight) -> None:
     root.write("sys/fs/selinux/enforce", "1")
     assert "SELinux in force" in only(of_machine.security_modules, sight).evidence
-    root.write("var/log/audit/audit.log", 'type=AVC msg=audit(1): avc:  denied  { create } comm="netapply"\n')
-    assert only(of_machine.security_modules, sight).result == "trouble"
+    denied = (
+        'type=AVC msg=audit(1): avc:  denied  { create } for  pid=9 comm="python3" tclass=netlink_netfilter_socket\n'
+    )
+    root.write("var/log/audit/audit.log", "x" * (3 << 20) + "\n" + denied)
+    assert only(of_machine.security_modules, sight).result == "ok"  # process 9 is nobody of ours
+    root.run(9, "python3", words=("/usr/bin/python3", "-I", "-m", "netapply", "agent"))
+    found = only(of_machine.security_modules, sight)
+    assert (found.result, "audit2allow" in found.fix) == ("trouble", True)
+
+
+def test_denials_of_apparmor_are_found_without_auditd(root: Root, sight: Sight) -> None:
+    root.write("sys/module/apparmor/parameters/enabled", "Y")
+    root.write("var/log/kern.log", 'kernel: audit: apparmor="DENIED" operation="open" name="/run/netapply/x" pid=5 \n')
+    found = only(of_machine.security_modules, sight)
+    assert (found.result, "aa-logprof" in found.fix) == ("trouble", True)
 
 
 def test_a_clock_before_the_program_was_made_is_trouble(sight: Sight, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +337,41 @@ def test_a_journal_that_others_may_write_is_trouble(root: Root, sight: Sight) ->
     assert "interrupted" in only(of_machine.journal, sight).evidence
     place.chmod(0o777)
     assert only(of_machine.journal, sight).result == "trouble"
+
+
+def test_a_state_directory_that_is_damaged_or_others_is_trouble(root: Root, sight: Sight) -> None:
+    assert "not there yet" in only(of_machine.state, sight).evidence
+    place = root.write("var/lib/netapply/desired.json", '{"format": 1}').parent
+    place.chmod(0o700)
+    assert only(of_machine.state, sight).result == "ok"
+    root.write("var/lib/netapply/desired.json", '{"format": 1')
+    found = only(of_machine.state, sight)
+    assert (found.result, "is damaged" in found.evidence) == ("trouble", True)
+    place.chmod(0o770)
+    assert "others may write" in only(of_machine.state, sight).evidence
+
+
+@pytest.mark.parametrize("name", ["var/lib/netapply", "run/netapply"])
+def test_a_directory_without_room_or_that_is_read_only_is_trouble(root: Root, capture: Capture, name: str) -> None:
+    """File systems of a mount namespace of its own, in which the command looks."""
+    place = root.path / "small"
+    place.mkdir()
+    code = (
+        "import os, sys; from netapply.doctor import machine, Sight; from pathlib import Path\n"
+        f"root = {str(root.path)!r}\n"
+        "check = machine.state if 'lib' in sys.argv[1] else machine.journal\n"
+        "print([(each.result, each.evidence) for each in check(Sight(None, None, root))])\n"
+    )
+    script = (
+        f"mkdir -p {root.path}/{name} && mount -t tmpfs -o size=256k,mode=700,$1 none {root.path}/{name} "
+        f'&& exec {sys.executable} -c "$2" {name}'
+    )
+    for option, word in (("rw", "KiB and"), ("ro", "read-only")):
+        command = ["unshare", "-m", "sh", "-c", script, "sh", option, code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("[('trouble', "), done.stdout
+        assert word in done.stdout
 
 
 def test_the_agent_is_found_installed_or_running(root: Root, sight: Sight) -> None:
@@ -306,7 +419,10 @@ def test_the_command_prints_a_line_for_each_and_3_where_something_is_wrong(
     assert "fix: sysctl -w net.ipv4.conf.all.route_localnet=0" in said
 
 
-def test_the_report_names_nobody(netns: Netns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_names_nobody(
+    netns: Netns, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", "hunter2")
     path = tmp_path / "plan.yaml"
     path.write_text(V1 + "outbound: {cidrs: {exclude: [10.20.30.0/24, '2001:db8:77::/48']}}\n")
     assert main(["apply", "-N", netns.path, str(path), "--alone"]) == 0
@@ -317,12 +433,23 @@ def test_the_report_names_nobody(netns: Netns, tmp_path: Path, capsys: pytest.Ca
         parts = {each.name: (tar.extractfile(each) or tar).read().decode() for each in tar.getmembers()}
     assert {"doctor.json", "rules.json", "plan.json", "system.json"} <= {name.split("/")[1] for name in parts}
     whole = "".join(parts.values())
-    assert not any(secret in whole for secret in ("10.20.30", "2001:db8:77", os.uname().nodename))
+    assert not any(secret in whole for secret in ("10.20.30", "2001:db8:77", "hunter2", os.uname().nodename))
     assert "address-" in whole
     assert "127.0.0.1" in whole
     capsys.readouterr()
     assert main(["doctor", "-N", netns.path, "--report", str(report)]) == 1
     assert "File exists" in capsys.readouterr().err
+
+
+def test_what_an_administrator_wrote_is_redacted_too(root: Root, capture: Capture, tmp_path: Path) -> None:
+    root.write("etc/systemd/system/netapply.service", "[Service]\nEnvironment=API_TOKEN=hunter2 PEER=192.0.2.7\n")
+    finding = Finding("security modules", "trouble", "denied by jane from /home/jane/x to 2001:db8::7", "a fix")
+    report = tmp_path / "report.tar.gz"
+    write_report(str(report), Sight(capture, None, str(root.path)), [finding])
+    with tarfile.open(report) as tar:
+        whole = "".join((tar.extractfile(each) or tar).read().decode() for each in tar.getmembers())
+    assert not any(word in whole for word in ("hunter2", "192.0.2.7", "/home/jane", "2001:db8::7"))
+    assert "Environment=API_TOKEN=hidden PEER=address-" in whole
 
 
 @pytest.mark.parametrize(
@@ -334,8 +461,11 @@ def test_the_report_names_nobody(netns: Netns, tmp_path: Path, capsys: pytest.Ca
         ("02:00:5e:10:00:00", "hardware-1"),
         ("/home/jane/venv", "home-1/venv"),
         ("box7: box70 box7", "this-machine: box70 this-machine"),
+        ("box7.corp.example: box7", "this-machine: this-machine"),
+        ("from ::ffff:10.0.0.1 port 3", "from address-1 port 3"),
+        ("Environment=API_TOKEN=abc PASSWORD='x y'", "Environment=API_TOKEN=hidden PASSWORD=hidden"),
         ("6.18.44 netapply 0.1.0 12:30:45", "6.18.44 netapply 0.1.0 12:30:45"),
     ],
 )
 def test_redaction_keeps_what_is_alike_alike(text: str, redacted: str) -> None:
-    assert Redactor("box7").redact(text) == redacted
+    assert Redactor("box7.corp.example").redact(text) == redacted

@@ -11,15 +11,20 @@ import yaml
 
 from netapply.agent import service
 from netapply.agent.events import Event
-from tests.test_docs import rows, section
+from netapply.api import open_capture
+from netapply.doctor import Sight, examine
+from netapply.planfile import load_plan
+from tests.netns import Netns
+from tests.test_docs import rows
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "docs" / "operating.md"
 
 
 def first_cells(title: str) -> list[str]:
-    """Of the table below a heading, without its head."""
-    return [row[0] for row in rows(section(GUIDE, title))][2:]
+    """Of the table below a heading, without its head; a prompt is no heading."""
+    text = GUIDE.read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return [row[0] for row in rows(text)][2:]
 
 
 def logged() -> set[str]:
@@ -37,6 +42,15 @@ def test_every_line_of_the_log_is_explained_and_no_other() -> None:
     told = [name for cell in first_cells("Log") for name in re.findall(r"`([^`]+)`", cell)]
     assert len(told) == len(set(told))
     assert set(told) == logged()
+
+
+def test_every_check_of_doctor_is_in_the_table(netns: Netns) -> None:
+    plan = load_plan("apiVersion: netapply/v1\n", format="yaml")
+    with open_capture(netns.path) as capture:
+        names = {each.check for each in examine(Sight(capture, plan))} - {"namespace"}
+    told = [name.strip() for cell in first_cells("Doctor") for name in cell.split(",")]
+    assert {name for name in names if name not in told and f"{name.split()[0]} …" not in told} == set()
+    assert {name for name in told if "…" not in name} <= names
 
 
 def test_every_alert_has_its_first_look() -> None:

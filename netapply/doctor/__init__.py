@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from netapply.doctor import machine, network, proxy
+from netapply.doctor import machine, network, others, proxy
 from netapply.doctor.finding import Check as Check
 from netapply.doctor.finding import Finding as Finding
 from netapply.doctor.finding import Grade as Grade
@@ -17,7 +17,7 @@ from netapply.doctor.finding import Sight as Sight
 from netapply.errors import NetapplyError
 
 #: In the order in which they are told.
-CHECKS: tuple[Check, ...] = (*network.CHECKS, *proxy.CHECKS, *machine.CHECKS)
+CHECKS: tuple[Check, ...] = (*network.CHECKS, *proxy.CHECKS, *others.CHECKS, *machine.CHECKS)
 
 
 def examine(sight: Sight) -> Iterator[Finding]:

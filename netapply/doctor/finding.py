@@ -42,6 +42,15 @@ class Sight(NamedTuple):
         except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
             return ""
 
+    def read_end(self, path: str) -> str:
+        """The last MiB of a log of the machine; "" where there is none. Raises OSError where it may not be read."""
+        try:
+            with open(self.path(path), "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 20)))
+                return file.read(1 << 20).decode("utf-8", "replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+
     def sysctl(self, name: str) -> str:
         """A sysctl of the namespace, as "net/ipv4/ip_forward"; "" where it has none. Raises OSError."""
         try:

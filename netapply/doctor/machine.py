@@ -1,45 +1,23 @@
-"""Checks of the machine: who else writes rules, what takes ours away, and what the agent stands on."""
+"""Checks of the machine: what we may, what stands in the way, and what the agent stands on."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from netapply.doctor.finding import Check, Finding, Sight
 from netapply.journal import DEFAULT_DIRECTORY, Journal
-from netapply.values import NamedTuple
 
 _NET_ADMIN, _SYS_ADMIN = 12, 21  # linux/capability.h
 _LOCK = "/run/xtables.lock"
 _TMPFS = frozenset(("tmpfs", "ramfs"))
-#: Where systemd-networkd reads its settings, the later ones winning (networkd.conf(5)).
-_NETWORKD = ("/usr/lib/systemd/networkd.conf", "/etc/systemd/networkd.conf")
-_NETWORKD_PARTS = ("/usr/lib/systemd/networkd.conf.d", "/run/systemd/networkd.conf.d", "/etc/systemd/networkd.conf.d")
-_FOREIGN = ("ManageForeignRoutingPolicyRules", "ManageForeignRoutes")
-
-
-class Firewall(NamedTuple):
-    """A program that programs netfilter: how its process is called, and what it does to rules of others."""
-
-    process: str
-    habit: str
-    fix: str = "let netapply agent hold the plan: it heals within milliseconds"
-
-
-FIREWALLS = (
-    Firewall("firewalld", "a reload flushes iptables tables, with FlushAllOnReload all of them"),
-    Firewall("dockerd", "a start rewrites its chains in iptables, and sets the policy of FORWARD to DROP"),
-    Firewall("kube-proxy", "it writes its chains into nat and filter again and again, and leaves others alone"),
-    Firewall("calico-node", "it puts its own jumps first again whenever they are not"),
-    Firewall(
-        "cilium-agent", "it may answer connections by eBPF, before netfilter sees them", "see its socketLB option"
-    ),
-    Firewall("ufw", "a reload restores its own tables whole"),
-    Firewall("fail2ban-server", "it inserts at the head of built-in chains, and leaves others alone"),
-)
+_STATE = "/var/lib/netapply"
+_ROOM = 1 << 20  # bytes: plans are small, and a journal of a namespace is some 30 KiB
 
 
 def privileges(_: Sight) -> Iterator[Finding]:
@@ -79,82 +57,47 @@ def xtables_lock(sight: Sight) -> Iterator[Finding]:
     yield Finding("xtables lock", "ok", f"{path} is free")
 
 
-def networkd(sight: Sight) -> Iterator[Finding]:
-    """Whether systemd-networkd removes policy rules and routes that it did not make."""
-    if not any(name == "systemd-network" for _, name in sight.processes()):
-        yield Finding("systemd-networkd", "ok", "does not run")
-        return
-    settings: dict[str, str] = dict.fromkeys(_FOREIGN, "")
-    for path in _networkd_files(sight):
-        for line in sight.read(path).splitlines():
-            key, equals, value = line.partition("=")
-            if equals and key.strip() in settings:
-                settings[key.strip()] = value.strip().lower()
-    takes = [name for name, value in settings.items() if value not in ("no", "false", "off", "0")]
-    if takes:
-        evidence = (
-            f"it removes what it calls foreign ({', '.join(takes)}=yes); ours bear protocol kernel, which it spares"
-        )
-        lines = "\\n".join(f"{name}=no" for name in _FOREIGN)
-        fix = f"printf '[Network]\\n{lines}\\n' > /etc/systemd/networkd.conf.d/foreign.conf, and restart it"
-        yield Finding("systemd-networkd", "notice", evidence, fix)
-    else:
-        yield Finding("systemd-networkd", "ok", "leaves foreign rules and routes alone")
-
-
-def _networkd_files(sight: Sight) -> Iterator[str]:
-    yield from _NETWORKD
-    parts: dict[str, str] = {}
-    for directory in _NETWORKD_PARTS:
-        try:
-            names = os.listdir(sight.path(directory))
-        except OSError:
-            continue
-        parts.update((name, f"{directory}/{name}") for name in names if name.endswith(".conf"))
-    yield from (parts[name] for name in sorted(parts))
-
-
-def firewalls(sight: Sight) -> Iterator[Finding]:
-    """Who else programs netfilter here, and what that does to rules of others."""
-    running = {name: pid for pid, name in sight.processes()}
-    found = False
-    for firewall in FIREWALLS:
-        # The kernel keeps 15 letters of a name.
-        pid = running.get(firewall.process[:15])
-        if pid is not None:
-            found = True
-            yield Finding("other firewalls", "notice", f"{firewall.process} ({pid}): {firewall.habit}", firewall.fix)
-    rules = sight.read("/etc/nftables.conf")
-    wanted = "etc/systemd/system/sysinit.target.wants/nftables.service"
-    if re.search(r"^\s*flush\s+ruleset", rules, re.MULTILINE) and os.path.lexists(sight.path(wanted)):
-        found = True
-        evidence = "nftables.service is enabled, and /etc/nftables.conf begins with: flush ruleset"
-        fix = "flush its own tables there alone: table inet filter; flush table inet filter"
-        yield Finding("other firewalls", "notice", evidence, fix)
-    if re.search(r"^ENABLED=yes", sight.read("/etc/ufw/ufw.conf"), re.MULTILINE):
-        found = True
-        yield Finding("other firewalls", "notice", f"ufw is enabled: {FIREWALLS[5].habit}", FIREWALLS[5].fix)
-    if not found:
-        yield Finding("other firewalls", "ok", "none seen")
-
-
 def security_modules(sight: Sight) -> Iterator[Finding]:
     """SELinux and AppArmor: whether they are in force, and whether they refused us something."""
     enforcing = sight.read("/sys/fs/selinux/enforce").strip() == "1"
     profiles = sight.read("/sys/module/apparmor/parameters/enabled").strip() == "Y"
     on = [name for name, there in (("SELinux", enforcing), ("AppArmor", profiles)) if there]
-    try:
-        log = sight.read("/var/log/audit/audit.log")
-    except OSError:
-        log = ""
-    denied = [line for line in log.splitlines() if ("denied" in line or "DENIED" in line) and "netapply" in line]
+    ours = ["netapply", *(f" pid={pid} " for pid in agents(sight))]  # the agent's process is called python
+    denied = [line for line in _denials(sight) if any(word in line for word in ours)]
     if denied:
         fix = "ausearch -m avc -c netapply | audit2allow -M netapply, and read what it would allow"
+        if "apparmor=" in denied[-1]:
+            fix = "aa-logprof, and read what it would allow"
         yield Finding("security modules", "trouble", f"{len(denied)} denials: {denied[-1][:200]}", fix)
     else:
         yield Finding(
             "security modules", "ok", f"{' and '.join(on)} in force, no denial seen" if on else "none in force"
         )
+
+
+def _denials(sight: Sight) -> Iterator[str]:
+    """Where auditd writes, and where the kernel's messages go without it."""
+    for path in ("/var/log/audit/audit.log", "/var/log/kern.log", "/var/log/syslog"):
+        with suppress(OSError):
+            yield from (line for line in sight.read_end(path).splitlines() if "denied" in line or "DENIED" in line)
+    if sight.root == "/":
+        yield from (line for line in _kernel_messages() if "avc:  denied" in line or 'apparmor="DENIED"' in line)
+
+
+def _kernel_messages() -> Iterator[str]:
+    """What the kernel still has of its log: one record a read, and an end where nothing is left (Documentation/ABI)."""
+    try:
+        fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # a container has none, and not everybody may read it
+        return
+    try:
+        for _ in range(1 << 16):
+            with suppress(BrokenPipeError):  # overwritten meanwhile: the next one is there
+                yield os.read(fd, 1 << 13).decode("utf-8", "replace")
+    except OSError:
+        return
+    finally:
+        os.close(fd)
 
 
 def clock(_: Sight) -> Iterator[Finding]:
@@ -169,16 +112,11 @@ def clock(_: Sight) -> Iterator[Finding]:
 
 
 def journal(sight: Sight) -> Iterator[Finding]:
-    """Whether the journal's directory is ours alone and goes with the machine."""
+    """Whether the journal's directory is ours alone, has room, and goes with the machine."""
     path = Journal().directory if sight.root == "/" else DEFAULT_DIRECTORY
-    try:
-        status = os.stat(sight.path(path))
-    except FileNotFoundError:
-        yield Finding("journal", "ok", f"{path} is not there yet, and is made when needed")
-        return
-    if status.st_uid != 0 or stat.S_IMODE(status.st_mode) & 0o022:
-        fix = f"chown root:root {path}; chmod 700 {path}"
-        yield Finding("journal", "trouble", f"others may write to {path}, so it cannot be believed", fix)
+    wrong = _directory(sight, "journal", path)
+    if wrong:
+        yield wrong
         return
     names = os.listdir(sight.path(path))
     bad = [name for name in names if name.endswith(".bad")]
@@ -194,6 +132,43 @@ def journal(sight: Sight) -> Iterator[Finding]:
         )
     elif not bad and not pending:
         yield Finding("journal", "ok", f"{path}: {len(names)} files, none of an interrupted run")
+
+
+def state(sight: Sight) -> Iterator[Finding]:
+    """Whether the agent's own memory is ours alone, has room, and can be read."""
+    wrong = _directory(sight, "state directory", _STATE)
+    if wrong:
+        yield wrong
+        return
+    kept = f"{_STATE}/desired.json"
+    try:
+        text = sight.read(kept)
+        size = len(text)
+        if text and size < 1 << 20:  # of a longer one this is the beginning
+            json.loads(text)
+    except ValueError as error:
+        fix = f"mv {kept} {kept}.bad, restart netapply.service, and ask the API again for what was asked of it"
+        yield Finding("state directory", "trouble", f"{kept} is damaged: {error}", fix)
+        return
+    yield Finding("state directory", "ok", f"{_STATE}: {kept if text else 'nothing is kept yet'}")
+
+
+def _directory(sight: Sight, check: str, path: str) -> Finding | None:
+    """What is wrong with a directory that must be root's alone and writable; None if nothing is."""
+    place = sight.path(path)
+    try:
+        status, room = os.stat(place), os.statvfs(place)
+    except FileNotFoundError:
+        return Finding(check, "ok", f"{path} is not there yet, and is made when needed")
+    if status.st_uid != 0 or stat.S_IMODE(status.st_mode) & 0o022:
+        fix = f"chown root:root {path}; chmod 700 {path}"
+        return Finding(check, "trouble", f"others may write to {path}, so it cannot be believed", fix)
+    if room.f_flag & os.ST_RDONLY:
+        return Finding(check, "trouble", f"{path} is on a file system that is read-only", f"mount -o remount,rw {path}")
+    if room.f_bavail * room.f_frsize < _ROOM or (room.f_files and not room.f_favail):
+        evidence = f"{room.f_bavail * room.f_frsize >> 10} KiB and {room.f_favail} files are left where {path} is"
+        return Finding(check, "trouble", evidence, f"make room: du -xsh {path}/..")
+    return None
 
 
 def _filesystem(path: str) -> str:
@@ -212,7 +187,7 @@ def agent(sight: Sight) -> Iterator[Finding]:
     """Whether the agent is installed, enabled, and does its work."""
     control = sight.path("/run/netapply-agent/control.sock")
     unit = "/etc/systemd/system/netapply.service"
-    running = [pid for pid, _ in sight.processes() if _is_agent(sight, pid)]
+    running = agents(sight)
     if running:
         yield Finding("agent", "ok", f"runs as process {running[0]}")
     elif os.path.exists(control):
@@ -227,6 +202,11 @@ def agent(sight: Sight) -> Iterator[Finding]:
         yield Finding("agent", "ok", "is not installed: what others flush stays flushed (netapply install-unit)")
 
 
+def agents(sight: Sight) -> list[int]:
+    """The process ids of agents."""
+    return [pid for pid, _ in sight.processes() if _is_agent(sight, pid)]
+
+
 def _is_agent(sight: Sight, pid: int) -> bool:
     words = sight.read(f"/proc/{pid}/cmdline").split("\0")
     return "agent" in words and any(os.path.basename(word) == "netapply" for word in words[: words.index("agent")])
@@ -235,10 +215,9 @@ def _is_agent(sight: Sight, pid: int) -> bool:
 CHECKS: tuple[Check, ...] = (
     privileges,
     xtables_lock,
-    networkd,
-    firewalls,
     security_modules,
     clock,
     journal,
+    state,
     agent,
 )

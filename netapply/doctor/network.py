@@ -143,18 +143,37 @@ def _shown(mark: Mark) -> str:
     return f"{mark.value:#x}/{mark.mask:#x}"
 
 
-def sysctls(sight: Sight) -> Iterator[Finding]:
-    """Settings that drop what TPROXY delivers, or open what should be closed."""
+def reverse_path(sight: Sight) -> Iterator[Finding]:
+    """Settings that drop what TPROXY delivers.
+
+    Where the reverse path is looked up by the packet's mark, that of TPROXY leads to `local`; and a source that is
+    local is refused, unless accept_local allows it and no filter is strict (net/ipv4/fib_frontend.c:
+    __fib_validate_source).
+    """
     tproxy = sight.plan is not None and sight.plan.inbound.mode == "tproxy"
-    devices = _devices(sight)
-    strict = [name for name in devices if "1" in (_conf(sight, name, "rp_filter"), _conf(sight, "all", "rp_filter"))]
-    loose = all(_conf(sight, name, "src_valid_mark") == "1" for name in strict)
-    if strict and tproxy and not loose:
-        evidence = f"strict reverse path filter on {', '.join(strict)}: marked packets are dropped"
-        yield Finding("rp_filter", "trouble", evidence, "sysctl -w net.ipv4.conf.all.rp_filter=2")
+    devices = [name for name in _devices(sight) if name != "lo"]
+    strict = [name for name in devices if max(_values(sight, name, "rp_filter")) == 1]
+    dropping = [
+        name
+        for name in devices
+        if any(_values(sight, name, "src_valid_mark"))
+        and (name in strict or not any(_values(sight, name, "accept_local")))
+    ]
+    seen = f"strict on {', '.join(strict)}" if strict else "not strict anywhere"
+    if dropping and tproxy:
+        evidence = f"src_valid_mark on {', '.join(dropping)}: packets with TPROXY's mark are dropped ({seen})"
+        fix = "; ".join(f"sysctl -w net.ipv4.conf.{name}.src_valid_mark=0" for name in ("all", *dropping))
+        yield Finding("rp_filter", "trouble", f"{evidence}; wg-quick sets it", fix)
+    elif strict:
+        evidence = f"{seen}: what comes in by another device than answers take is dropped"
+        yield Finding("rp_filter", "ok", evidence)
     else:
-        yield Finding("rp_filter", "ok", f"strict on {', '.join(strict)}" if strict else "not strict anywhere")
-    wide = [name for name in ("all", *devices) if name != "lo" and _conf(sight, name, "route_localnet") == "1"]
+        yield Finding("rp_filter", "ok", seen)
+
+
+def route_localnet(sight: Sight) -> Iterator[Finding]:
+    """A setting that opens what should be closed."""
+    wide = [name for name in ("all", *_devices(sight)) if name != "lo" and _conf(sight, name, "route_localnet") == "1"]
     if wide:
         evidence = f"route_localnet on {', '.join(wide)}: neighbours reach what listens on 127.0.0.1"
         off = "; ".join(f"sysctl -w net.ipv4.conf.{name}.route_localnet=0" for name in wide)
@@ -167,6 +186,11 @@ def _devices(sight: Sight) -> list[str]:
     """What /proc/net/dev lists: two lines of heads, then a name and a colon."""
     lines = sight.capture.namespace.read_file("net/dev").splitlines()[2:]
     return [line.partition(":")[0].strip() for line in lines]
+
+
+def _values(sight: Sight, device: str, name: str) -> tuple[int, int]:
+    """Of all devices and of this one: the kernel takes the larger, or either (linux/inetdevice.h: IN_DEV_MAXCONF)."""
+    return int(_conf(sight, "all", name) or 0), int(_conf(sight, device, name) or 0)
 
 
 def _conf(sight: Sight, device: str, name: str) -> str:
@@ -215,4 +239,13 @@ def namespace(sight: Sight) -> Iterator[Finding]:
     yield Finding("namespace", "ok", what)
 
 
-CHECKS: tuple[Check, ...] = (namespace, dialects, residue, marks, sysctls, ipv6, connections)
+CHECKS: tuple[Check, ...] = (
+    namespace,
+    dialects,
+    residue,
+    marks,
+    reverse_path,
+    route_localnet,
+    ipv6,
+    connections,
+)

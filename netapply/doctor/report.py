@@ -17,22 +17,32 @@ from netapply.jsonform import plain
 from netapply.planfile import dump_plan
 
 _FILES = ("/etc/os-release", "/proc/sys/kernel/osrelease", "/etc/systemd/system/netapply.service")
-_V4 = r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])"
+_QUAD = r"(?:\d{1,3}\.){3}\d{1,3}(?![\w.])"
+_V4 = rf"(?<![\w.]){_QUAD}"
 _GROUP = "[0-9a-fA-F]{1,4}"
 _TAIL = f"{_GROUP}(?::{_GROUP}){{0,6}}"
 _V6 = rf"(?<![\w:.])(?:(?:{_GROUP}:){{7}}{_GROUP}|(?:{_GROUP}:){{1,7}}:(?:{_TAIL})?|::{_TAIL})(?![\w:])"
 _HARDWARE = r"(?<![\w:])(?:[0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}(?![\w:])"
+_V4_IN_V6 = rf"(?<![\w:.])::(?:[fF]{{4}}:)?{_QUAD}"
 _HOME = r"/home/[^/\s\"']+"
-_ANY = re.compile(f"(?P<hardware>{_HARDWARE})|(?P<address>{_V4}|{_V6})|(?P<home>{_HOME})")
+#: As in Environment=API_TOKEN=x.
+_HIDDEN = r"(?i:password|passwd|secret|token|api_?key)\s*[=:]\s*(?:\"[^\"]*\"|'[^']*'|[^\s\"',]+)"
+_ANY = re.compile(
+    f"(?P<hidden>{_HIDDEN})|(?P<hardware>{_HARDWARE})|(?P<address>{_V4_IN_V6}|{_V4}|{_V6})|(?P<home>{_HOME})"
+)
 #: Addresses that say nothing about who it is: loopback, our own ::6, unspecified.
 _NOBODY = re.compile(r"127\.|0\.0\.0\.0$|255\.|::[0-9a-f]?$")
 
 
 class Redactor:
-    """Puts a name in the place of each address, hardware address, home and of the machine: the same one every time."""
+    """Puts a name in the place of each address, hardware address, home, password or token, and of the machine.
+
+    The same one every time, so that what was alike still is.
+    """
 
     def __init__(self, machine: str) -> None:
-        self._machine = re.compile(rf"(?<![\w-]){re.escape(machine)}(?![\w-])") if machine else None
+        names = [re.escape(each) for each in (machine, machine.partition(".")[0]) if each]  # with its domain, and bare
+        self._machine = re.compile(rf"(?<![\w-])(?:{'|'.join(names)})(?![\w-])") if names else None
         self._known: dict[str, str] = {}
 
     def redact(self, text: str) -> str:
@@ -44,6 +54,8 @@ class Redactor:
         kind, text = str(found.lastgroup), found[0]
         if kind == "address" and _NOBODY.match(text):
             return text
+        if kind == "hidden":
+            return re.split(r"\s*[=:]", text)[0] + "=hidden"
         return self._known.setdefault(text.lower(), f"{kind}-{len(self._known) + 1}")
 
 

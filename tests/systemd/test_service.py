@@ -360,11 +360,17 @@ def test_reload_looks_at_everything(machine: Machine) -> None:
 
 def test_doctor_sees_the_agent_and_who_flushes(machine: Machine) -> None:
     machine.systemctl("enable", "nftables.service")
+    machine.systemctl("start", "firewalld.service")
+    firewalld = machine.show("firewalld.service", "MainPID")["MainPID"]
     answer = json.loads(machine.netapply("doctor", "-o", "json", check=False))
     machine.systemctl("disable", "nftables.service")
+    machine.systemctl("stop", "firewalld.service")
     found = {each["check"]: each for each in answer["findings"]}
     assert found["agent"]["evidence"] == f"runs as process {main_pid(machine)}"
-    assert "flush ruleset" in found["other firewalls"]["evidence"]
+    assert found["state directory"]["result"] == "ok"
+    firewalls = [each["evidence"] for each in answer["findings"] if each["check"] == "other firewalls"]
+    assert any("flush ruleset" in each for each in firewalls)
+    assert any(each.startswith(f"firewalld ({firewalld}), FirewallBackend=nftables") for each in firewalls)
     assert not [each for each in answer["findings"] if each["result"] in ("trouble", "unseen")]
 
 
