@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import socket
 import sys
@@ -23,6 +24,9 @@ LogForm: TypeAlias = Literal["auto", "json", "text"]
 _log = structlog.stdlib.get_logger("netapply.agent")
 #: The agent tells these to its log itself.
 _TOLD = frozenset(("failed", "file-rejected", "quarantined", "unconfirmed", "lost"))
+_json = structlog.processors.JSONRenderer(default=str)
+#: syslog(3) by structlog's words.
+_PRIORITIES = {"critical": 2, "error": 3, "exception": 3, "warning": 4}
 
 
 def configure_log(form: LogForm = "auto") -> None:
@@ -31,7 +35,7 @@ def configure_log(form: LogForm = "auto") -> None:
     last: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
         if text
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+        else [structlog.processors.format_exc_info, _for_journal if _is_journal(sys.stderr.fileno()) else _json]
     )
     structlog.configure(
         processors=[
@@ -44,6 +48,22 @@ def configure_log(form: LogForm = "auto") -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def _is_journal(fd: int) -> bool:
+    """Whether this leads to the journal (systemd.exec(5): JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _for_journal(logger: structlog.typing.WrappedLogger, name: str, event: structlog.typing.EventDict) -> str:
+    """JSON behind what the journal takes for its priority, and takes off (sd-daemon(3))."""
+    line = _json(logger, name, event)
+    assert isinstance(line, str)
+    return f"<{_PRIORITIES.get(name, 6)}>{line}"
 
 
 async def serve(

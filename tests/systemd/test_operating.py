@@ -47,13 +47,19 @@ def follow(machine: Machine, title: str, *, newest: bool = True) -> None:
 
 
 def plans(machine: Machine) -> None:
-    """The first plan file of the guide, and what its selectors name."""
-    text = next(block.text for block in blocks(GUIDE) if block.words == ("yaml", "agent"))
-    machine.write("/etc/netapply/plans.d/first.yaml", text)
+    """The plan files of the guide, and what their selectors name; that for the machine tried first, as it says."""
+    first, host = (block.text for block in blocks(GUIDE) if block.words == ("yaml", "agent"))
+    machine.write("/srv/plan.yaml", re.sub(r"(?m)^namespaces:\n(  .*\n)+", "", host))
+    tried = re.findall(r"`(netapply (?:apply --host|confirm).*?)`", section(GUIDE, "Plans"))
+    assert len(tried) == 2
+    for command in (*tried, "netapply clean --host"):
+        machine.run("sh", "-c", f"cd /srv; {command}")
+    machine.write("/etc/netapply/plans.d/first.yaml", first)
+    machine.write("/etc/netapply/plans.d/host.yaml", host)
     for name in ("cni-1", "build-1"):
         machine.run("ip", "netns", "add", name)
     machine.run("sh", "-c", "unshare -n sleep 1000 >/dev/null 2>&1 & mkdir -p /run/app; echo $! > /run/app/app.pid")
-    machine.until(lambda: list(states(machine, NETAPPLY).values()).count("inplace") == 3, "the plans are not in force")
+    machine.until(lambda: list(states(machine, NETAPPLY).values()).count("inplace") == 4, "the plans are not in force")
 
 
 def ruleset(machine: Machine, name: str) -> str:
@@ -62,6 +68,7 @@ def ruleset(machine: Machine, name: str) -> str:
 
 def test_the_guide_from_the_installation_to_the_removal(machine: Machine) -> None:
     follow(machine, "Install", newest=False)
+    machine.run("sh", "-c", "systemctl daemon-reload; systemctl restart netapply.service")  # with the flags, as printed
     plans(machine)
     stands = ruleset(machine, "build-1")
     assert "table inet netapply" in stands
@@ -79,23 +86,23 @@ def test_the_guide_from_the_installation_to_the_removal(machine: Machine) -> Non
             assert machine.run("sh", "-c", command)
 
     machine.run("ip", "netns", "add", "pod-1")
-    machine.write("/srv/plan.yaml", "apiVersion: netapply/v1\n")
     follow(machine, "Doctor")
     assert machine.run("test", "-s", "/srv/report.tar.gz") == ""
 
     follow(machine, "Prometheus")
     code = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9469/metrics', timeout=10).read().decode())"
-    assert 'netapply_namespaces{state="inplace"} 3' in machine.run("python3", "-c", code)
+    assert 'netapply_namespaces{state="inplace"} 4' in machine.run("python3", "-c", code)
 
     stands = ruleset(machine, "build-1")
     follow(machine, "Upgrade")
     assert machine.run(NETAPPLY, "--version").split()[-1] == "99.0"
-    assert list(states(machine, NETAPPLY).values()).count("inplace") == 3
+    assert list(states(machine, NETAPPLY).values()).count("inplace") == 4
     assert ruleset(machine, "build-1") == stands
 
     follow(machine, "Removal")
     for name in ("build-1", "cni-1"):
         assert ruleset(machine, name) == ""
+    assert machine.run("nft", "list", "ruleset") == ""
     left = machine.run("find", "/etc", "/run", "/var/lib", "/opt", "/usr/local", "-name", "*netapply*")
     assert left == ""
     assert "netapply" not in machine.run("systemctl", "list-units", "--all", "--plain") + machine.run("ps", "ax")

@@ -142,6 +142,19 @@ def test_it_starts_and_says_so(machine: Machine) -> None:
     assert '"event": "applied"' in machine.journal()
 
 
+def test_the_journal_has_what_asks_for_somebody_by_its_priority(machine: Machine) -> None:
+    machine.write("/etc/netapply/plans.d/wrong.yaml", "apiVersion: netapply/v1\nnamespaces: [{path: x}]\nodd: 1\n")
+    file_plan(machine)
+
+    def said(*words: str) -> list[dict[str, Any]]:
+        lines = machine.run("journalctl", "-u", "netapply", "-o", "cat", "--no-pager", *words).splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    machine.until(lambda: any(each["event"] == "plan file rejected" for each in said("-p", "err")), "it is no error")
+    assert {each["level"] for each in said("-p", "warning")} <= {"warning", "error"}
+    assert "applied" in {each["event"] for each in said()}
+
+
 @pytest.fixture(scope="module")
 def probed(machine: Machine) -> list[str]:
     """What the probe says, run by the agent's own unit."""
