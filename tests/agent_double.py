@@ -37,8 +37,15 @@ class AgentDouble:
         self.subscribers = Subscribers(config.queue)
 
     async def apply(
-        self, target: Target, plan: CapturePlan, *, backend: str, layout: str, confirm_within: float,
-        meant: CapturePlan | None, reason: str
+        self,
+        target: Target,
+        plan: CapturePlan,
+        *,
+        backend: str,
+        layout: str,
+        confirm_within: float,
+        meant: CapturePlan | None,
+        reason: str,
     ) -> Result:
         self.asked.append(("apply", target))
         self.entered.set()

@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from netapply.backend import BUILT_IN
 from netapply.canary import prove, send_canaries
 from netapply.cli.demo import demo_plan
 from netapply.errors import ApplyError, KernelError, ValidationError
-from netapply.plan import CapturePlan, Dns, Outbound, OutboundCidrs
+from netapply.plan import CapturePlan, Dns, Inbound, Outbound, OutboundCidrs
 from netapply.ruleset import Cidr
 from tests.netns import Netns
 
@@ -39,6 +40,39 @@ def test_every_kind_goes_where_the_plan_says(netns: Netns, backend: str, mode: s
         assert {each.answered_by for each in sent} == {"a listener of ours", "the world"}
         assert "canary" not in netns.run("ip", "link")
         assert capture.verify(plan).same
+
+
+#: What stands in the place of what is wanted, and the connections that it lets escape.
+ESCAPES: dict[str, tuple[Callable[[CapturePlan], CapturePlan], set[tuple[str, int]]]] = {
+    "outbound": (
+        lambda plan: plan._replace(outbound=Outbound(cidrs=OutboundCidrs(include=()))),
+        {("outbound", 4), ("outbound", 6)},
+    ),
+    "outbound ip": (
+        lambda plan: plan._replace(outbound=Outbound(cidrs=OutboundCidrs(exclude=(Cidr(b"\xc0\0\2\0", 24),)))),
+        {("outbound", 4)},
+    ),
+    "inbound": (lambda plan: plan._replace(inbound=Inbound("none")), {("inbound", 4), ("inbound", 6)}),
+    "dns": (lambda plan: plan._replace(dns=Dns("none")), {("dns", 4), ("dns", 6)}),
+    "ipv6": (lambda plan: plan._replace(ipv6="skip"), {("outbound", 6), ("dns", 6), ("inbound", 6)}),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+@pytest.mark.parametrize("what", ESCAPES)
+def test_each_kind_that_escapes_is_noticed_and_no_other(netns: Netns, backend: str, mode: str, what: str) -> None:
+    wanted = demo_plan(mode)._replace(dns=Dns("all"))  # type: ignore[arg-type]  # one of the two literals
+    change, escapes = ESCAPES[what]
+    with netapply.open(netns.path) as capture:
+        capture.apply(change(wanted), backend=backend)
+        sent = send_canaries(capture.namespace, wanted)
+        assert {(each.kind, each.family) for each in sent if not each.right} == escapes
+        with pytest.raises(ValidationError) as raised:
+            prove(capture.namespace, wanted)
+        assert raised.value.exit_code == 126
+        for kind, family in escapes:
+            assert f"{kind} ip{'6' if family == 6 else ''}: " in str(raised.value)
 
 
 def test_without_rules_everything_passes(netns: Netns) -> None:

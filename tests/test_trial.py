@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import netapply
+from netapply import trial
 from netapply.api import Capture
 from netapply.backend import BUILT_IN
+from netapply.plan import CapturePlan
 from tests.netns import Netns
 
 COMMAND = [sys.executable, "-m", "netapply"]
@@ -135,3 +141,78 @@ def test_who_dies_after_the_change_has_confirmed_nothing(netns: Netns, tmp_path:
         words = [sys.executable, "-c", _DIE, "apply", plan(tmp_path, "b", 16001), "--confirm", "60", "-N", netns.path]
         assert subprocess.run(words, timeout=60, check=False, capture_output=True).returncode == -signal.SIGKILL
         until(capture, {15001})
+
+
+def test_the_time_is_that_since_the_machine_started(netns: Netns, tmp_path: Path) -> None:
+    """In a time namespace where the machine has run longer by a day, and no other clock has moved."""
+    day, state = 86400, tmp_path / "state"
+    words = ["unshare", "--time", "--fork", "--boottime", str(day)]
+    if subprocess.run([*words, "true"], timeout=30, check=False, capture_output=True).returncode:
+        pytest.skip("this kernel has no time namespaces, or we may not make one")
+    words += [*COMMAND, "apply", plan(tmp_path, "a", 15001), "--confirm", "4", "--state-dir", str(state)]
+    with netapply.open(netns.path, state_directory=str(state)) as capture:
+        before = time.clock_gettime(time.CLOCK_BOOTTIME)
+        done = subprocess.run([*words, "-N", netns.path], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        (file,) = state.glob("*.trial")
+        ends = json.loads(file.read_text())["until"]
+        assert before + day + 4 <= ends <= time.clock_gettime(time.CLOCK_BOOTTIME) + day + 4
+        left = ends - day - time.clock_gettime(time.CLOCK_BOOTTIME)
+        assert left - 0.2 < until(capture, set()) < left + 15
+
+
+def test_it_goes_back_when_the_terminal_is_hung_up(netns: Netns, tmp_path: Path) -> None:
+    """The other end of the caller's controlling terminal is closed, as when a connection breaks: SIGHUP, then EIO."""
+    script = f"{' '.join(COMMAND)} apply {plan(tmp_path, 'a', 15001)} --confirm 3 -N {netns.path}; sleep 60"
+    with netapply.open(netns.path) as capture:
+        shell, terminal = pty.fork()
+        if not shell:
+            os.execv("/bin/sh", ["sh", "-c", script])
+        try:
+            until(capture, {15001})
+            time.sleep(0.5)
+        finally:
+            os.close(terminal)
+            assert os.waitstatus_to_exitcode(os.waitpid(shell, 0)[1]) == -signal.SIGHUP
+        assert ports(capture) == {15001}
+        until(capture, set())
+
+
+@pytest.mark.parametrize("request_", ["confirm", "extend"])
+def test_of_a_request_and_the_end_of_the_time_exactly_one_is_first(
+    netns: Netns, tmp_path: Path, request_: str, figure: Callable[[str], None]
+) -> None:
+    """Both come at once, from threads that have the namespace open each: who is second is told."""
+    asked = {"confirm": trial.confirm, "extend": lambda capture: trial.extend(capture, 60)}[request_]
+    state, tries, first = str(tmp_path / "state"), 60, 0
+    with (
+        netapply.open(netns.path, state_directory=state) as one,
+        netapply.open(netns.path, state_directory=state) as two,
+    ):
+        one.apply(CapturePlan())
+        for at in range(tries):
+            with trial._files(one) as files:
+                assert files.load() is not None
+                number = files.number
+                trial._write(files, one, trial.Trial(number, trial._now()))
+            barrier = threading.Barrier(2)
+
+            def ask(at: int = at, barrier: threading.Barrier = barrier) -> bool:
+                barrier.wait()
+                time.sleep(0.0004 * (at % 3))  # else the same thread is always first
+                return asked(one)
+
+            def end(barrier: threading.Barrier = barrier, number: int = number) -> bool:
+                barrier.wait()
+                time.sleep(0.0004)
+                try:
+                    return trial._is_over(two, number)
+                except trial._Ended:
+                    return False
+
+            with ThreadPoolExecutor(2) as pool:
+                was_asked, is_over = (pool.submit(work) for work in (ask, end))
+                assert was_asked.result(20) is not is_over.result(20)
+                first += was_asked.result()
+    figure(f"{tries} at once: {first} were asked first, {tries - first} were over")
+    assert 0 < first < tries
