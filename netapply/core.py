@@ -17,7 +17,7 @@ from netapply import recovery, routing
 from netapply.backend import Backend, find_backend
 from netapply.compiler import compile_plan, compile_routing
 from netapply.detection import PREFERENCE, UNSUPPORTED, Held, choose, holding_ours, lacking, next_usable, probe
-from netapply.errors import ApplyError, ConflictError, KernelError, PlanError, UnsupportedError
+from netapply.errors import ApplyError, ConflictError, JournalError, KernelError, PlanError, UnsupportedError
 from netapply.existing import existing_flows, treated_otherwise
 from netapply.features import degrade
 from netapply.journal import NOWHERE, Entry, Journal, State, is_another
@@ -233,10 +233,14 @@ def clean(
             outcome = transaction.run(entry, settle=False)
             steps += outcome.steps
             known = outcome.created
-        if session.files:
-            session.files.forget()
+        notes = session.notes
+        try:
+            if session.files:
+                session.files.forget()
+        except JournalError as error:  # too late to go back for, and the next command finds nothing to do
+            notes += (f"nothing of ours is left, but {error}",)
         why = "held our rules" if held else "nothing of ours was found in any dialect"
-        done = Result(bool(steps), ", ".join(held), why, steps, session.degraded + unseen, session.notes)
+        done = Result(bool(steps), ", ".join(held), why, steps, session.degraded + unseen, notes)
         done = session.told(done)
     return done._replace(duration=time.perf_counter() - begun)
 

@@ -70,11 +70,12 @@ class Held(NamedTuple):
 def holding_ours(kernel: Kernel, owned: Owned = OURS, also: tuple[str, ...] = ()) -> Held:
     """Look in the dialects of all backends, built in or named by `also`.
 
-    Raises KernelError where we may look in none, or a look failed: a dialect that was not seen is not an empty one.
+    Raises KernelError where we may look in none or not in one of `also`, or a look failed: a dialect that was not seen
+    is not an empty one.
     """
     names: list[str] = []
     unseen: dict[str, KernelError] = {}
-    every = (*PREFERENCE, *also)
+    every = tuple(dict.fromkeys((*PREFERENCE, *also)))
     for name in every:
         try:
             if find_backend(name).detect(kernel, owned):
@@ -84,8 +85,8 @@ def holding_ours(kernel: Kernel, owned: Owned = OURS, also: tuple[str, ...] = ()
                 unseen[name] = error
             elif error.errno not in UNSUPPORTED:  # those hold nothing in that dialect
                 raise
-    if len(unseen) == len(every):
-        denied = unseen[every[0]]
+    if len(unseen) == len(every) or not unseen.keys().isdisjoint(also):
+        denied = unseen[next((name for name in also if name in unseen), every[0])]
         denied.next_step = denied.next_step or "run as root, or with CAP_NET_ADMIN in the namespace"
         raise denied
     return Held(

@@ -108,5 +108,7 @@ def _owned_by_all(
 
 
 def also_used(entry: Entry | None) -> tuple[str, ...]:
-    """The registered backend that was used here, if it was: the built-in ones are looked at anyway."""
-    return (entry.backend,) if entry and entry.backend not in PREFERENCE else ()
+    """The backend that was used here, if rules of it stand or it is not built in: to be looked at in any case."""
+    if entry is None or (entry.backend in PREFERENCE and entry.desired.ruleset is None):
+        return ()
+    return (entry.backend,)
