@@ -62,9 +62,8 @@ def test_killed_at_a_system_call_the_next_command_makes_it_old_or_new(
     backend: str, operation: kills.Operation, figure: Callable[[str], None]
 ) -> None:
     """A sample of the system calls of each command; `make faults` takes all."""
-    case = case_of(backend, 1)  # with REDIRECT nftables updates in one step, and nothing is interrupted
-    if backend == "iptables-legacy" or "update" not in operation.name:
-        figure(f"{sample(kills.kill_some(case, operation, most=5))} kill points")
+    case = case_of(backend, kills.OPERATIONS.index(operation))
+    figure(f"{sample(kills.kill_some(case, operation, most=5))} kill points")
 
 
 @each_backend
@@ -83,6 +82,15 @@ def test_where_a_system_call_fails_it_is_told_and_old_or_new_stands(backend: str
     operation = refusals.SPOILED[number % 3]
     refusal = refusals.REFUSALS[number]
     sample(refusals.refuse_everywhere(case_of(backend, number), refusal, most=2, operations=(operation,)))
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["EPERM", "an I/O error", "a full disk"])
+def test_clean_removes_all_or_tells_why_not(backend: str, name: str) -> None:
+    """Where it may not look is not empty; and a journal that stays is told, when the rules are gone."""
+    (refusal,) = (each for each in refusals.REFUSALS if each.name == name)
+    clean = refusals.SPOILED[2:]
+    sample(refusals.refuse_everywhere(case_of(backend, 1), refusal, most=15, operations=clean))
 
 
 @each_backend
@@ -249,7 +257,7 @@ def test_recover_finishes_or_undoes_and_says_which() -> None:
         assert "nothing was interrupted" in stage.run("recover").output
         halfway = interruption(stage, ("apply a",), "apply b")
         old = stage.reset("apply a")
-        stage.fail("apply b", Interrupt(stage, halfway or 0))
+        stage.fail("apply b", Interrupt(stage, halfway))
         assert stage.pending()
         done = stage.run("recover", "-o", "json")
         assert "an interrupted run was undone" in json.loads(done.output)["reason"]

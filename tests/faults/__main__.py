@@ -42,8 +42,8 @@ def units(*, stride: int, most: int) -> list[Unit]:
     killed = [
         # A migration makes ten times as many calls as an update, and most of them only look.
         *((kills.MIGRATE, case, partial(kills.kill_everywhere, stride=8 * stride)) for case in ways),
-        *((kills.RECOVER_MIGRATE, case, partial(kills.kill_some, most=most)) for case in ways),
-        *((kills.PROBED, case, partial(kills.kill_some, most=most // 3)) for case in ways),
+        *((kills.RECOVER_MIGRATE, case, partial(kills.kill_some, most=most // 2)) for case in ways),
+        *((kills.PROBED, case, partial(kills.kill_some, most=most // 4)) for case in ways),
         *((each, case, partial(kills.kill_everywhere, stride=stride)) for each in kills.OPERATIONS for case in both),
         *((each, case, partial(kills.kill_everywhere, stride=stride))
           for each in kills.OPERATIONS[:4] for case in cases if case not in both),
@@ -81,7 +81,7 @@ def _start() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make faults", description=__doc__)
     parser.add_argument("--stride", type=int, default=32, help="of the calls that change nothing, each Nth")
-    parser.add_argument("--most", type=int, default=12, help="calls of a kind that are refused, in each case")
+    parser.add_argument("--most", type=int, default=18, help="calls of a kind that are refused, in each case")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="faults whose name has this")
     parser.add_argument("--write", type=Path, help="put the table into this document")

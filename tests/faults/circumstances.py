@@ -44,11 +44,11 @@ def torn(case: Case, *, most: int = len(_DAMAGES)) -> Iterator[Outcome]:
         halfway = interruption(stage, ("clean",), "apply a")
         new = stage.reset("clean", "apply a")
         for name, damage in [*_DAMAGES.items()][:most]:
-            for pending in (True, False) if halfway is not None else (False,):
+            for pending in (True, False):
                 for at, command in enumerate(("apply b", "recover")):
                     if pending:
                         old = stage.reset("clean")
-                        stage.fail("apply a", Interrupt(stage, halfway or 0))
+                        stage.fail("apply a", Interrupt(stage, halfway))
                     else:
                         old = stage.reset("clean", "apply a")
                     files = [stage.state / each for each in stage.pending()] if pending else stage.journal()

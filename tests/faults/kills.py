@@ -100,14 +100,14 @@ class Interrupt(Fault):
         return 0
 
 
-def interruption(stage: Stage, before: tuple[str, ...], command: str) -> int | None:
-    """Before which change `Interrupt` leaves `command` halfway; None where it is one atomic step, with no journal."""
+def interruption(stage: Stage, before: tuple[str, ...], command: str) -> int:
+    """Before which change an `Interrupt` leaves `command` halfway."""
     stage.reset(*before)
     watch = Interrupt(stage, 1 << 30)
     done = stage.fail(command, watch)
-    if done.code:
+    if done.code or not watch.found:
         raise AssertionError(f"{stage.case}: {command} ended with {done.code}: {done.output}")
-    return watch.found // 2 if watch.found else None
+    return watch.found // 2
 
 
 def kill_everywhere(case: Case, operation: Operation, *, stride: int) -> Iterator[Outcome]:
@@ -135,10 +135,7 @@ def _kill(case: Case, operation: Operation, points: Callable[[_Watch], list[int]
     try:
         halfway = 0
         if operation.interrupted:
-            place = interruption(stage, operation.before, operation.interrupted)
-            if place is None:
-                return
-            halfway = place
+            halfway = interruption(stage, operation.before, operation.interrupted)
         old, new, calls = _rehearse(stage, operation, halfway)
         for at in points(calls):
             if at < calls.calls:
