@@ -63,7 +63,7 @@ def test_killed_at_a_system_call_the_next_command_makes_it_old_or_new(
 ) -> None:
     """A sample of the system calls of each command; `make faults` takes all."""
     case = case_of(backend, kills.OPERATIONS.index(operation))
-    figure(f"{sample(kills.kill_some(case, operation, most=5))} kill points")
+    figure(f"{sample(kills.kill_some(case, operation, most=4))} kill points")
 
 
 @each_backend
@@ -90,7 +90,7 @@ def test_clean_removes_all_or_tells_why_not(backend: str, name: str) -> None:
     """Where it may not look is not empty; and a journal that stays is told, when the rules are gone."""
     (refusal,) = (each for each in refusals.REFUSALS if each.name == name)
     clean = refusals.SPOILED[2:]
-    sample(refusals.refuse_everywhere(case_of(backend, 1), refusal, most=15, operations=clean))
+    sample(refusals.refuse_everywhere(case_of(backend, 1), refusal, most=12, operations=clean))
 
 
 @each_backend
