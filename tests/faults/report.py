@@ -38,10 +38,11 @@ def _total(found: Iterable[Sum]) -> Sum:
 
 
 def conditions(command: str, seconds: float) -> str:
-    """When, where and by which command it was found out, and how long that took."""
+    """When, where and by which command it was found out, and how long that took: by the clock, and of processors."""
+    used = sum(os.times()[:4])  # with children that have ended
     day = time.strftime("%Y-%m-%d")
     where = f"Linux {platform.release()}, Python {platform.python_version()}, {os.cpu_count()} cores"
-    return f"`{command}`, {day}, {where}, {seconds:.0f} s."
+    return f"`{command}`, {day}, {where}, {seconds:.0f} s ({used:.0f} s of processor time)."
 
 
 def put(document: Path, name: str, text: str) -> None:
