@@ -211,6 +211,7 @@ def test_the_rig_notices_a_product_that_is_broken(broken: str, monkeypatch: pyte
         answers.answer_everywhere(LEGACY, "the kernel says EPERM", most=6),
         answers.answer_everywhere(LEGACY, "the kernel says done, and did nothing", most=6),
         kills.kill_some(LEGACY, kills.OPERATIONS[1], most=30),
+        kills.kill_some(LEGACY._replace(mode="redirect"), kills.OPERATIONS[0], most=30),
     )
     assert any(each.wrong for each in tried)
 

@@ -29,7 +29,7 @@ _FIRST = CapturePlan()
 _SECOND = CapturePlan(inbound=Inbound(mode="redirect"), dns=Dns("all"), ipv6="skip")
 #: Kilobytes that the process may grow by between the first tenth and the end.
 MAY_GROW = 4096
-#: Kilobytes of slab for each namespace that came and went. One that is kept alive holds some hundred.
+#: Kilobytes of slab for each of the namespaces, of 16,000 at least. One that is kept alive holds some hundred.
 SLAB_MAY_GROW = 4
 
 
@@ -102,7 +102,7 @@ def faults(looks: list[Look]) -> list[str]:
     if last.resident - first.resident > MAY_GROW:
         found.append(f"memory: {first.resident} KiB, then {last.resident}")
     grown = last.slab - first.slab
-    if grown > SLAB_MAY_GROW * max(1000, last.namespaces - first.namespaces):
+    if grown > SLAB_MAY_GROW * max(16_000, last.namespaces - first.namespaces):
         found.append(f"slab: {first.slab} KiB, then {last.slab}")
     return found
 
