@@ -267,6 +267,11 @@ class Held:
         self._proven = None
         return core.clean(self.namespace, journal=self._journal, reason=reason)
 
+    def go_back(self, reason: str) -> Result:
+        """Bring back the state before the present one, as the journal has it. Raises NetapplyError."""
+        self._proven = None
+        return core.rollback(self.namespace, journal=self._journal, reason=reason)
+
     def counters(self, layout: str) -> tuple[RuleCounter, ...]:
         """Our live rules with their counters. Raises NetapplyError."""
         return inspection.show(self.namespace, layout=layout, journal=self._journal)

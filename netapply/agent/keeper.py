@@ -149,6 +149,17 @@ class Keeper:
             self._told.removed(result)
             return result
 
+    async def leave(self, *, back: bool) -> None:
+        """Keep nothing more, and leave what stands; or, `back`, what stood before it. Raises NetapplyError."""
+        async with self._turn:
+            self.wanted = None
+            try:
+                if back:
+                    await self._around.workers.run(lambda: self._opened().go_back("nobody confirmed it"))
+            finally:
+                self._introduce()
+                self._set("pending")
+
     async def withdraw(self) -> None:
         """Nothing speaks of the namespace any more: take down what is ours, if it is there. Raises NetapplyError."""
         self.wanted = None

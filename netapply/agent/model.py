@@ -115,7 +115,7 @@ class Metrics(NamedTuple):
     namespaces: Mapping[str, int]
     applies: int
     failures: int
-    #: By the name of the process that caused the drift, "" where the kernel does not tell; "(others)" of many names.
+    #: By the process that caused the drift, "" where the kernel does not tell; from the 65th name on "others".
     heals: Mapping[str, int]
     apply_seconds: Histogram
     heal_seconds: Histogram

@@ -150,6 +150,7 @@ def _agent(parser: argparse.ArgumentParser) -> None:
     add("--metrics", default="", metavar="ADDRESS:PORT", help="for Prometheus, on loopback; off by default")
     add("--host", action="store_true", help="allow the machine's own namespace")
     add("--poll", type=words.seconds, default=1.0, metavar="SECONDS", help="looks where the kernel tells nothing")
+    add("--looks", type=float, default=40.0, metavar="N", help="of these at most so many a second, all together")
     add("--concurrency", type=int, default=0, metavar="N", help="worker threads; as many as serve by default")
     add("--lock-timeout", type=words.seconds, default=2.0, metavar="SECONDS", help="default 2")
     add("--log", choices=("auto", "json", "text"), default="auto", help="text on a terminal, else JSON")

@@ -27,6 +27,7 @@ def run_agent(arguments: Arguments, printer: Printer) -> int:
         state=arguments.state,
         journal=arguments.journal,
         poll=arguments.poll,
+        looks=arguments.looks,
         concurrency=arguments.concurrency,
         lock_timeout=arguments.lock_timeout,
         host=arguments.host,
