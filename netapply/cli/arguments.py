@@ -31,7 +31,7 @@ SUMMARY = {
     "watch": "what the agent does, as it happens: drift, who caused it, how soon it was healed",
     "top": "live counters of what the plans decide",
     "confirm": "keep what apply --confirm put on trial",
-    "extend": "give what apply --confirm put on trial more time, from now on; without the agent",
+    "extend": "give what apply --confirm put on trial more time, from now on",
     "demo": "send real packets through a plan in throwaway namespaces, in each dialect",
     "conform": "does a backend mean what the plan says: the conformance suite, by packets in throwaway namespaces",
     "install-unit": "write the agent's units for systemd; says what to run then, and starts nothing",
