@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol, runtime_checkable
 
 from netapply import core, inspection, routing
 from netapply.agent.events import Cause
@@ -16,6 +17,7 @@ from netapply.backend import Backend, Owned, find_backend
 from netapply.detection import lacking
 from netapply.differences import ruleset_changes
 from netapply.journal import Journal, State
+from netapply.kernel import Kernel
 from netapply.namespace import Namespace, NamespaceId
 from netapply.ownership import ownership
 from netapply.plan import CapturePlan
@@ -23,6 +25,15 @@ from netapply.remembered import remembered
 from netapply.results import Change, Result, RuleCounter
 from netapply.ruleset import Routing, Ruleset
 from netapply.values import NamedTuple
+
+
+@runtime_checkable
+class Owning(Protocol):
+    """A backend whose tables can have an owner."""
+
+    def can_own(self, kernel: Kernel) -> bool:
+        """Whether they can on this kernel."""
+        ...
 
 
 class Wanted(NamedTuple):
@@ -81,8 +92,17 @@ class _Proven(NamedTuple):
 class Held:
     """An open namespace. Its methods block, and are called by one thread at a time; `holds` by any."""
 
-    def __init__(self, namespace: Namespace, journal: Journal, watchers: Watchers, call: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        journal: Journal,
+        watchers: Watchers,
+        call: Callable[[], None],
+        *,
+        owns: bool = False,
+    ) -> None:
         self.namespace = namespace
+        self._owns = owns
         self._journal = journal
         self._proven: _Proven | None = None
         #: Changes up to this nf_tables generation are known.
@@ -109,14 +129,15 @@ class Held:
         *,
         host: bool,
         lock_timeout: float,
+        owns: bool = False,
     ) -> Held:
         """Open what `spec` names, and begin to watch; news are a reason to `call`, from `listen` on.
 
-        Raises NamespaceError, OSError.
+        `owns`: native tables are to be ours alone, where they can be. Raises NamespaceError, OSError.
         """
         namespace = Namespace.open(spec, host=host, lock_timeout=lock_timeout)
         try:
-            return cls(namespace, journal, watchers, call)
+            return cls(namespace, journal, watchers, call, owns=owns)
         except BaseException:
             namespace.close()
             raise
@@ -215,6 +236,7 @@ class Held:
             count_flows=asked is not None,
             cancelled=cancelled,
             flush=asked is not None and asked.flush,
+            exclusive=self._owns and can_own(self.namespace),
             reason=_reason(wanted, asked, healing=last is not None),
         )
         proven = time.monotonic()
@@ -284,6 +306,17 @@ class Held:
                 monitor.close()
         with suppress(OSError):
             self.namespace.close()
+
+
+_can_own: list[bool] = []
+
+
+def can_own(namespace: Namespace) -> bool:
+    """Whether native tables can have an owner here; asked once, as a kernel does not change while it runs."""
+    if not _can_own:
+        native = find_backend("nftables")
+        _can_own.append(isinstance(native, Owning) and native.can_own(namespace))
+    return _can_own[0]
 
 
 def _reason(wanted: Wanted, asked: Asked | None, *, healing: bool) -> str:

@@ -388,6 +388,7 @@ class Keeper:
                 self._news,
                 host=config.host,
                 lock_timeout=config.lock_timeout,
+                owns=config.owned == "auto",
             )
         except OSError as error:
             raise NetapplyError(f"{self.place.name} cannot be watched: {error.strerror}") from error

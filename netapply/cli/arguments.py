@@ -149,6 +149,7 @@ def _agent(parser: argparse.ArgumentParser) -> None:
     add("--read-group", default="", metavar="GROUP", help="whose members may read; root alone by default")
     add("--metrics", default="", metavar="ADDRESS:PORT", help="for Prometheus, on loopback; off by default")
     add("--host", action="store_true", help="allow the machine's own namespace")
+    add("--owned", choices=("auto", "never"), default="never", help="native tables that nobody else can change")
     add("--poll", type=words.seconds, default=1.0, metavar="SECONDS", help="looks where the kernel tells nothing")
     add("--looks", type=float, default=40.0, metavar="N", help="of these at most so many a second, all together")
     add("--concurrency", type=int, default=0, metavar="N", help="worker threads; as many as serve by default")

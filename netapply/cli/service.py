@@ -26,6 +26,7 @@ def run_agent(arguments: Arguments, printer: Printer) -> int:
         plans=arguments.plans,
         state=arguments.state,
         journal=arguments.journal,
+        owned=arguments.owned,
         poll=arguments.poll,
         looks=arguments.looks,
         concurrency=arguments.concurrency,
