@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 
 import netapply
 from netapply import CapturePlan, KernelError, load_plan
-from netapply.agent import held
-from netapply.agent.held import can_own
+from netapply.agent import Agent, AgentConfig, owning
+from netapply.agent.owning import can_own
 from netapply.namespace import Namespace
 from tests.agents import in_thread, running, standing
 from tests.netns import Netns
@@ -67,6 +68,27 @@ async def test_it_outlasts_the_agent_and_the_next_one_adopts_it(tmp_path: Path, 
         assert not record.all("failed")
 
 
+async def test_a_socket_that_was_kept_owns_it_over_a_restart(tmp_path: Path, netns: Netns) -> None:
+    """As the service manager keeps it: nobody can change the table meanwhile, and the next agent can at once."""
+    config = AgentConfig(plans="", state=str(tmp_path / "state"), journal=str(tmp_path / "journal"), owned="auto")
+    async with Agent(config) as agent:
+        await agent.apply(netns.path, PLAN)
+        kept = {key: os.dup(fd) for key, fd in agent.descriptors().items()}
+    await asyncio.sleep(0.1)
+    assert len(kept) == 1
+    assert refused(netns, "nft", "delete", "table", "inet", "netapply")
+    netns.run("nft", "flush", "ruleset")
+    async with Agent(config, kept=kept) as agent:
+        assert agent.status()[0].state == "inplace"
+        assert agent.descriptors().keys() == kept.keys()
+        for fd in kept.values():
+            os.close(fd)
+        assert (await agent.apply(netns.path, OTHER)).changed
+        assert refused(netns, "nft", "delete", "table", "inet", "netapply")
+        await agent.remove(netns.path)
+        assert not agent.descriptors()
+
+
 async def test_the_command_changes_it_when_no_agent_runs(tmp_path: Path, netns: Netns) -> None:
     async with running(tmp_path, owned="auto") as (agent, _):
         await agent.apply(netns.path, PLAN)
@@ -114,7 +136,7 @@ async def test_a_plain_table_that_stands_stays_one(tmp_path: Path, netns: Netns)
 async def test_without_it_or_on_a_kernel_without_it_tables_are_plain(
     tmp_path: Path, netns: Netns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held, "_can_own", [False])
+    monkeypatch.setattr(owning, "_can_own", [False])
     async with running(tmp_path, owned="auto") as (agent, record):
         await agent.apply(netns.path, CapturePlan()._replace(ipv6="skip"))
         netns.run("nft", "delete", "table", "inet", "netapply")

@@ -49,6 +49,10 @@ class Nftables:
 
         return can_own(kernel)
 
+    def is_owned(self, current: Snapshot) -> bool:
+        """Whether somebody owns the table."""
+        return bool(current.contents and current.contents.flags and not current.orphan)
+
     def detect(self, kernel: Kernel, owned: Owned = OURS) -> bool:
         """Whether our table is there. Raises KernelError."""
         _, table, _ = look_for_table(kernel, owned.table)
@@ -67,8 +71,8 @@ class Nftables:
         batch = _change(current.contents, wanted, current.table, _claim(current))
         if batch is None:
             return ()
-        guarded = bool(current.contents and current.contents.flags and not current.orphan)
-        return (Step(f"batch table inet {current.table}", batch, current.generation, guarded=guarded),)
+        name = f"batch table inet {current.table}"
+        return (Step(name, batch, current.generation, guarded=self.is_owned(current)),)
 
     def commit(self, kernel: Kernel, step: Step) -> None:
         """Send the batch. Raises KernelError; GenerationChanged where the rules are no longer those that were read."""

@@ -52,6 +52,7 @@ class Agent:
         self.journal = Journal(self.config.journal)
         self.tally = Tally()
         self._kept = kept or {}
+        self.owners = self._kept if self.config.owned == "auto" else None
         self._desired = Desired(self.config.plans)
         self._subscribers = Subscribers(self.config.queue)
         self._roster = Roster(self)
@@ -276,8 +277,16 @@ class Agent:
         )
 
     def descriptors(self) -> Mapping[str, int]:
-        """Descriptors of namespaces that have no path, by key: give them to the next agent as `kept`."""
-        return {key: keeper.place.fd for key, keeper in self._roster.keepers.items() if keeper.place.fd >= 0}
+        """What the next agent should get as `kept`, by key.
+
+        That is descriptors of namespaces that have no path, and sockets that own tables.
+        """
+        keepers = self._roster.keepers
+        found = {key: keeper.place.fd for key, keeper in keepers.items() if keeper.place.fd >= 0}
+        if self.owners is not None:
+            owners = (keeper.held.owner for keeper in keepers.values() if keeper.held is not None)
+            found.update(owner for owner in owners if owner is not None)
+        return found
 
     # --- what keepers need -----------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ class Surroundings(Protocol):
     workers: Workers
     watchers: Watchers
     looks: Looks
+    #: Sockets of an earlier agent that own tables, by key; None where tables are to have no owner.
+    owners: Mapping[str, int] | None
     tally: Tally
 
     def tell(self, event: Event) -> None:
@@ -388,7 +390,7 @@ class Keeper:
                 self._news,
                 host=config.host,
                 lock_timeout=config.lock_timeout,
-                owns=config.owned == "auto",
+                owners=around.owners,
             )
         except OSError as error:
             raise NetapplyError(f"{self.place.name} cannot be watched: {error.strerror}") from error
