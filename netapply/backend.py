@@ -65,12 +65,16 @@ class Owned(NamedTuple):
 
     `direct` are such rules that may have lost the tag (iptables-restore drops it) or never had it (another program
     put them there): recognised by equality, each as often as it is named, in tables where chains of ours stand.
+
+    `exclusive`: where native nftables makes the table anew, or finds it without its owner, whoever commits is to own
+    it: then nobody else can change it, and `nft flush ruleset` passes it by (Linux 6.9; the owner is a socket).
     """
 
     prefixes: tuple[str, ...] = ("NETAPPLY_",)
     table: str = "netapply"
     sets: str = "netapply-"
     direct: tuple[Direct, ...] = ()
+    exclusive: bool = False
 
 
 OURS = Owned()

@@ -68,6 +68,7 @@ def apply(
     proof: Callable[[], None] | None = None,
     flush: bool = False,
     replaces: int | None = None,
+    exclusive: bool = False,
     reason: str = "",
 ) -> Result:
     """Make the namespace hold `plan`: all of it, or, when anything fails, what was there before.
@@ -78,9 +79,9 @@ def apply(
     be treated otherwise. `cancelled` is asked between steps. `proof` is called when all stands, and raises where
     connections do not go where they should (`netapply.canary`): then it is undone. `flush` has connection tracking
     forget the flows that would be treated otherwise (`netapply.conntrack`). `replaces` is the number of the state that
-    has to stand, else ConflictError, and that nobody wants to go back to: this one takes its number. `reason` is for
-    the history. Raises NetapplyError: ConflictError, UnsupportedError and LockError with nothing touched, ApplyError
-    after a roll-back.
+    has to stand, else ConflictError, and that nobody wants to go back to: this one takes its number. `exclusive` is as
+    in `netapply.backend.Owned`. `reason` is for the history. Raises NetapplyError: ConflictError, UnsupportedError and
+    LockError with nothing touched, ApplyError after a roll-back.
     """
     begun = time.perf_counter()
     refuse_waiting(plan)
@@ -92,7 +93,8 @@ def apply(
         if adopt is not None and (chosen.detect(namespace, owned) or routing.of_others(namespace)):
             adopted = adopt()
         fixed = (namespace, session, plan, layout, fingerprint, adopted)
-        trying = partial(attempt, *fixed, count_flows=count_flows, cancelled=cancelled, proof=proof, flush=flush)
+        words = partial(attempt, count_flows=count_flows, cancelled=cancelled, proof=proof, flush=flush)
+        trying = partial(words, *fixed, exclusive=exclusive)
         try:
             done = trying(chosen, lacking(namespace, chosen, plan))
         except ApplyError as error:
@@ -118,12 +120,13 @@ def attempt(
     cancelled: Callable[[], bool],
     proof: Callable[[], None] | None,
     flush: bool = False,
+    exclusive: bool = False,
 ) -> Result:
     """Apply by this backend, without what is missing."""
     desired, effective, degraded = compiled(namespace, plan, backend, missing, layout)
     known = session.entry.created if session.entry else Routing()
     entry = Entry(True, backend.name, NOWHERE, desired, known, layout, fingerprint)
-    owned = owned_by(session.entry, layout, desired.ruleset, adopted)
+    owned = owned_by(session.entry, layout, desired.ruleset, adopted)._replace(exclusive=exclusive)
     transaction = Transaction(namespace, backend, owned, session.files, cancelled, adopted.routing, proof)
     outcome = transaction.run(entry, session.entry)
     if proof is not None and not outcome.steps:

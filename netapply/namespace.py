@@ -170,6 +170,18 @@ class Namespace:
             sock = self._netlink[protocol] = self._visit(lambda: open_netlink(protocol))
         return sock
 
+    def lend(self, protocol: NetlinkProtocol) -> socket.socket:
+        """The socket that requests of this protocol go by now, to be duplicated. It stays ours. Raises OSError."""
+        with self._lock:
+            return self._netlink_socket(protocol)
+
+    def borrow(self, protocol: NetlinkProtocol, sock: socket.socket) -> None:
+        """Have requests go by this socket, which was opened in this namespace by `netlink`, and is ours from now on."""
+        with self._lock:
+            before, self._netlink[protocol] = self._netlink.get(protocol), sock
+        if before is not None:
+            _close(protocol, before)
+
     def getsockopt(self, family: Family, option: int, buffer: bytes, level: int | None = None) -> bytes:
         """Get an option of a socket of this family, `buffer` being input and output. Raises OSError."""
         with self._lock:

@@ -44,6 +44,7 @@ class AgentDouble:
         backend: str,
         layout: str,
         confirm_within: float,
+        flush: bool,
         meant: CapturePlan | None,
         reason: str,
     ) -> Result:
@@ -71,6 +72,12 @@ class AgentDouble:
         return Result(True, "nftables", "held our rules")
 
     async def confirm(self, target: Target) -> None:
+        self._known(target)
+
+    def extend(self, target: Target, seconds: float) -> None:
+        self._known(target)
+
+    async def go_back(self, target: Target) -> None:
         self._known(target)
 
     async def register(self, target: Target) -> None:

@@ -21,8 +21,17 @@ from tests.netns import PATIENCE, Netns
 
 PLAN = "apiVersion: netapply/v1\noutbound: {ports: {exclude: [15020]}}\n"
 OTHER = "apiVersion: netapply/v1\noutbound: {ports: {exclude: [15021]}}\n"
-#: Times; and the agent knows already which backend it took.
-VOLATILE = ("duration", "existing_flows", "reason")
+#: Somebody's rules that come first.
+AWAY = """
+table inet away {
+    chain output {
+        type nat hook output priority -150
+        oifname "canary*" ip daddr 192.0.2.2 dnat ip to 192.0.2.2
+    }
+}
+"""
+#: Times; and connections come and go.
+VOLATILE = ("duration", "existing_flows")
 
 
 class Running:
@@ -213,6 +222,63 @@ def test_an_apply_on_trial_goes_back_unless_it_is_confirmed(running: Running, na
     assert running.run("confirm", "-N", name).stdout == "confirmed\n"
     assert running.read("status")["namespaces"][0]["confirm_by"] == 0
     assert running.run("confirm", "-N", name).returncode == 1
+
+
+def test_what_is_on_trial_is_given_more_time(running: Running, named_netns: Netns) -> None:
+    name = named_netns.name
+    assert running.run("extend", "-N", name, "60").returncode == 1
+    running.run("apply", "--confirm", "2", "-N", name, str(running.plan))
+    done = running.run("extend", "-N", name, "60")
+    assert (done.returncode, done.stdout) == (0, "on trial for 60 s from now\n"), done.stderr
+    assert running.read("status")["namespaces"][0]["confirm_by"] > time.time() + 50
+
+
+def test_what_stood_before_the_agent_knew_of_it_comes_back(running: Running, named_netns: Netns) -> None:
+    other, name = running.place / "other.yaml", named_netns.name
+    other.write_text(OTHER)
+    running.run("apply", "--alone", "-N", name, str(other))
+    done = running.read("apply", "--confirm", "60", "-N", name, str(other))
+    assert "nothing is on trial" in done["notes"][-1]
+    running.run("clean", "-N", name)
+    running.run("apply", "--alone", "-N", name, str(other))
+    done = running.read("apply", "--confirm", "0.5", "-N", name, str(running.plan))
+    assert "on trial for 0.5 s" in done["notes"][-1]
+    eventually(lambda: running.read("status")["namespaces"] == [])
+    assert "15021" in ruleset(named_netns)
+
+
+def test_a_plan_is_proven_by_connections_or_goes_back_with_the_agent_as_without(
+    running: Running, make_netns: Callable[..., Netns]
+) -> None:
+    other = running.place / "other.yaml"
+    other.write_text(OTHER)
+    told = []
+    for agent in (True, False):
+        netns = make_netns()
+        netns.run("ip", "link", "set", "lo", "up")
+        words = ("apply", "--probe", "-N", netns.path)
+        good = running.read(*words, str(running.plan), agent=agent)
+        netns.run("nft", "-f", "-", stdin=AWAY)
+        before = ruleset(netns)
+        bad = running.read(*words, str(other), agent=agent)
+        assert bad["error"]["restored"]
+        assert ruleset(netns) == before
+        told.append([good, bad])
+    assert [answer["code"] for answer in told[0]] == [0, 126]
+    assert all(each["right"] for each in told[0][0]["canaries"])
+    for answer in told[0] + told[1]:
+        answer.pop("canaries", None)  # to ports by chance
+        for name in VOLATILE:
+            answer.pop(name, None)
+    assert told[0] == told[1]
+    status = running.read("status")["namespaces"][0]
+    assert (status["state"], status["confirm_by"]) == ("inplace", 0)
+
+
+def test_flows_are_forgotten_with_the_agent_as_without(running: Running, make_netns: Callable[..., Netns]) -> None:
+    for agent in (True, False):
+        words = ("apply", "--flush-conntrack", "-N", make_netns().path, str(running.plan))
+        assert running.read(*words, agent=agent)["notes"] == ["connection tracking forgot 0 flows"]
 
 
 def test_the_namespace_that_the_command_runs_in_goes_along_as_a_descriptor(running: Running, netns: Netns) -> None:

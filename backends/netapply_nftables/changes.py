@@ -15,7 +15,7 @@ from netapply.backend import STRANGE
 from netapply.errors import UnsupportedError
 from netapply.ruleset import Chain, Jump, NamedSet, PortRange, Rule, Ruleset, SetMatch, Table
 from netapply_nftables.encode import encode_rule
-from netapply_nftables.find import NFTA_TABLE_NAME
+from netapply_nftables.find import NFTA_TABLE_FLAGS, NFTA_TABLE_NAME, OWNED
 from netapply_nftables.sets import add_named_set, add_port_set
 from netapply_nftables.snapshot import (
     HOOKS,
@@ -51,10 +51,16 @@ def delete_table(table: str) -> list[Operation]:
     return [Operation(NFT_MSG_DELTABLE, NFPROTO_INET, string(NFTA_TABLE_NAME, table), 0, f"delete table inet {table}")]
 
 
-def create_table(ruleset: Ruleset) -> list[Operation]:
+def adopt_table(table: str) -> list[Operation]:
+    """Own a table that has outlived its owner."""
+    body = string(NFTA_TABLE_NAME, table) + u32(NFTA_TABLE_FLAGS, OWNED)
+    return [Operation(NFT_MSG_NEWTABLE, NFPROTO_INET, body, 0, f"own table inet {table}")]
+
+
+def create_table(ruleset: Ruleset, *, exclusive: bool = False) -> list[Operation]:
     """All of a rule set in a table that is not there yet. Raises UnsupportedError for one that inet cannot hold."""
     table = only_table(ruleset)
-    body = string(NFTA_TABLE_NAME, table.name)
+    body = string(NFTA_TABLE_NAME, table.name) + (u32(NFTA_TABLE_FLAGS, OWNED) if exclusive else b"")
     created = [Operation(NFT_MSG_NEWTABLE, NFPROTO_INET, body, NLM_F_CREATE, f"add table inet {table.name}")]
     return [*created, *_additions(table, ruleset.sets, table.chains, table.chains)]
 

@@ -8,23 +8,31 @@ from typing import TYPE_CHECKING
 from netapply.backend import Counters
 from netapply.kernel import Kernel
 from netapply.values import NamedTuple
-from netapply_wire.nfnetlink import NFPROTO_INET, NFT_MSG_GETTABLE, look, message, string
+from netapply_wire.nfnetlink import NFPROTO_INET, NFT_MSG_GETTABLE, look, message, number, parse_message, string
 
 if TYPE_CHECKING:
     from netapply.ruleset import Ruleset
     from netapply_nftables.snapshot import Contents
 
-NFTA_TABLE_NAME = 1  # linux/netfilter/nf_tables.h
+# linux/netfilter/nf_tables.h
+NFTA_TABLE_NAME, NFTA_TABLE_FLAGS, NFTA_TABLE_OWNER = 1, 2, 7
+#: NFT_TABLE_F_OWNER and NFT_TABLE_F_PERSIST; when its owner goes, the kernel leaves such a table the second alone.
+OWNED, ORPHANED = 0x2 | 0x4, 0x4
 #: The name under which a kernel's memory has the last Snapshot.
 MEMORY = "nftables"
 
 
 class Snapshot(NamedTuple):
-    """Our table at one generation; `contents` is None where there is none."""
+    """Our table at one generation; `contents` is None where there is none.
+
+    `exclusive`: it is to have an owner, where it is made. `orphan`: it has had one, which is gone.
+    """
 
     table: str
     generation: int
     contents: Contents | None
+    exclusive: bool = False
+    orphan: bool = False
 
     @property
     def ruleset(self) -> Ruleset | None:
@@ -53,8 +61,15 @@ def look_for_table(kernel: Kernel, table: str) -> tuple[int, bytes | None, Snaps
         return at, None, Snapshot(table, at, None)
     known = kernel.memory.get(MEMORY)
     if isinstance(known, Snapshot) and (known.table, known.generation) == (table, at):
+        if known.contents and known.contents.flags:  # its owner may go, and nothing but this tells of it
+            known = known._replace(orphan=is_orphan(found))
         return at, found, known
     return at, found, None
+
+
+def is_orphan(table: bytes) -> bool:
+    """Whether a table has outlived its owner, and is anybody's to change or to adopt."""
+    return number(parse_message(table).attributes.get(NFTA_TABLE_FLAGS, b"")) == ORPHANED
 
 
 @cache

@@ -11,7 +11,7 @@ from netapply.kernel import Kernel
 from netapply.ruleset import Base, Chain, ChainType, Hook, Jump, NamedSet, PortRange, Rule, Ruleset, Table, TProxy
 from netapply.values import NamedTuple
 from netapply_nftables.decode import ANONYMOUS_SET, PortSets, decode_rule, is_fallback
-from netapply_nftables.find import MEMORY, Snapshot, look_for_table
+from netapply_nftables.find import MEMORY, NFTA_TABLE_FLAGS, ORPHANED, OWNED, Snapshot, is_orphan, look_for_table
 from netapply_nftables.sets import NFT_SET_ANONYMOUS, NFTA_SET_NAME, decode_named_set, decode_port_set, set_flags
 from netapply_wire.expressions import (
     NF_ACCEPT,
@@ -37,7 +37,7 @@ from netapply_wire.nfnetlink import (
 )
 
 # linux/netfilter/nf_tables.h
-NFTA_TABLE_FLAGS, NFTA_TABLE_USE = 2, 3
+NFTA_TABLE_USE = 3
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY = 1, 3, 4, 5
 NFTA_CHAIN_TYPE, NFTA_CHAIN_FLAGS = 7, 10
 NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY = 1, 2
@@ -114,7 +114,7 @@ class Contents:
         yield from zip(self._set_messages, self._elements, strict=True)
 
     def _find_oddities(self) -> Iterator[str]:
-        if self.flags:
+        if self.flags not in (0, OWNED, ORPHANED):
             yield f"table flags {self.flags}"
         for message in self._chains:
             if reason := _place(message)[1]:
@@ -238,8 +238,9 @@ def read_snapshot(kernel: Kernel, name: str) -> Snapshot:
         before = at
         at, table, snapshot = look_for_table(kernel, name)
         if at == before:
-            snapshot = Snapshot(name, at, contents)
-            if not contents.flags:  # a table with an owner goes with its process, which does not raise the generation
+            snapshot = Snapshot(name, at, contents, orphan=bool(contents.flags and table and is_orphan(table)))
+            # A table with an owner that does not persist goes with its process, which does not raise the generation.
+            if contents.flags in (0, OWNED, ORPHANED):
                 kernel.memory[MEMORY] = snapshot
     raise ConflictError("somebody keeps changing the nf_tables rules while they are read")
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +24,7 @@ from netapply.agent.names import Names
 from netapply.agent.roster import Roster, target_of
 from netapply.agent.subscribers import Subscribers
 from netapply.agent.tally import Tally
-from netapply.agent.trials import Trials
+from netapply.agent.trials import Before, Trials
 from netapply.agent.watchers import Watchers
 from netapply.agent.workers import Workers
 from netapply.errors import NamespaceError, NetapplyError
@@ -53,6 +52,7 @@ class Agent:
         self.journal = Journal(self.config.journal)
         self.tally = Tally()
         self._kept = kept or {}
+        self.owners = self._kept if self.config.owned == "auto" else None
         self._desired = Desired(self.config.plans)
         self._subscribers = Subscribers(self.config.queue)
         self._roster = Roster(self)
@@ -160,12 +160,14 @@ class Agent:
             raise
         self._desired.requests[keeper.place.key] = Request(keeper.place, keeper.labels, wanted)
         then = wanted._replace(plan=meant, fingerprint=fingerprint(meant)) if meant is not None else None
-        self._try_out(keeper, before, confirm_within, then)
+        # As without an agent: what stood before needs no trial.
+        waits = result.changed or plan.activation != "now" or then is not None
+        self._try_out(keeper, Before(before, result.changed), confirm_within if waits else 0.0, then)
         self._names.watch_for(keeper)
         await self._save()
         return result
 
-    def _try_out(self, keeper: Keeper, before: Wanted | None, seconds: float, meant: Wanted | None) -> None:
+    def _try_out(self, keeper: Keeper, before: Before, seconds: float, meant: Wanted | None) -> None:
         """Put what was applied on trial for so long, or with 0 on none."""
         if seconds > 0:
             self._trials.begin(keeper.place.key, before, seconds, meant)
@@ -275,8 +277,16 @@ class Agent:
         )
 
     def descriptors(self) -> Mapping[str, int]:
-        """Descriptors of namespaces that have no path, by key: give them to the next agent as `kept`."""
-        return {key: keeper.place.fd for key, keeper in self._roster.keepers.items() if keeper.place.fd >= 0}
+        """What the next agent should get as `kept`, by key.
+
+        That is descriptors of namespaces that have no path, and sockets that own tables.
+        """
+        keepers = self._roster.keepers
+        found = {key: keeper.place.fd for key, keeper in keepers.items() if keeper.place.fd >= 0}
+        if self.owners is not None:
+            owners = (keeper.held.owner for keeper in keepers.values() if keeper.held is not None)
+            found.update(owner for owner in owners if owner is not None)
+        return found
 
     # --- what keepers need -----------------------------------------------------------------------------------
 
@@ -312,23 +322,24 @@ class Agent:
             self.tell(Vanished(keeper.place.name, time.time()))
         await self._forget(keeper)
 
-    def _unconfirmed(self, key: str, before: Wanted | None) -> None:
+    def _unconfirmed(self, key: str, before: Before) -> None:
         keeper = self._roster.keepers.get(key)
         if keeper is not None:
             self.tell(Unconfirmed(keeper.place.name, time.time()))
             _log.warning("nobody confirmed in time", namespace=keeper.place.name)
             self._spawn(self._bring_back(keeper, before))
 
-    async def _bring_back(self, keeper: Keeper, before: Wanted | None) -> None:
+    async def _bring_back(self, keeper: Keeper, before: Before) -> None:
         keeper.confirm_by = 0.0
         request = self._desired.requests[keeper.place.key]
-        self._desired.requests[keeper.place.key] = request._replace(wanted=before)
-        if before is None:
-            with suppress(NetapplyError):
-                await keeper.remove()
-            await self._forget(keeper)
+        self._desired.requests[keeper.place.key] = request._replace(wanted=before.wanted)
+        if before.wanted is None:
+            try:
+                await keeper.leave(back=before.changed)
+            finally:
+                await self._forget(keeper)
             return
-        keeper.want(before)
+        keeper.want(before.wanted)
         await keeper.settled()
         await self._save()
 

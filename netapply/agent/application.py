@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from netapply.agent.asked import Asked, label, logins_of, plan_words, reason_of, refused, understand
+from netapply.agent.asked import Asked, label, logins_of, plan_words, reason_of, refused, seconds_of, understand
 from netapply.agent.endpoints import (
     EVENT_VERSION,
     JSON_LINES,
@@ -82,11 +82,14 @@ class AgentLike(Protocol):
         backend: str,
         layout: str,
         confirm_within: float,
+        flush: bool,
         meant: CapturePlan | None,
         reason: str,
     ) -> Result: ...
     async def remove(self, target: Target, *, reason: str) -> Result: ...
     async def confirm(self, target: Target) -> None: ...
+    def extend(self, target: Target, seconds: float) -> None: ...
+    async def go_back(self, target: Target) -> None: ...
     async def register(self, target: Target) -> None: ...
     async def unregister(self, target: Target) -> None: ...
     async def reconcile(self, target: Target | None = None) -> None: ...
@@ -180,14 +183,14 @@ class Application:
             load_plan, asked.request.body, format=_FORMATS.get(kind), source="<body>", limits=LIMITS
         )
         target = await self._target(asked)
-        backend, layout, confirm = words
-        tried = spare(plan, logins_of(asked), layout) if confirm else plan
+        tried = spare(plan, logins_of(asked), words.layout) if words.confirm else plan
         result = await self._agent.apply(
             target,
             tried,
-            backend=backend,
-            layout=layout,
-            confirm_within=confirm,
+            backend=words.backend,
+            layout=words.layout,
+            confirm_within=words.confirm,
+            flush=words.flush,
             meant=plan if tried != plan else None,
             reason=reason_of(asked),
         )
@@ -200,6 +203,15 @@ class Application:
     async def confirm(self, asked: Asked) -> Response:
         await self._agent.confirm(await self._target(asked))
         return _document("confirm", {})
+
+    async def extend(self, asked: Asked) -> Response:
+        seconds = seconds_of(asked)
+        self._agent.extend(await self._target(asked), seconds)
+        return _document("extend", {"seconds": seconds})
+
+    async def go_back(self, asked: Asked) -> Response:
+        await self._agent.go_back(await self._target(asked))
+        return _document("back", {})
 
     async def reconcile(self, asked: Asked) -> Response:
         await self._agent.reconcile(await self._target(asked))

@@ -49,28 +49,51 @@ def understand(endpoint: Endpoint, encoded: str, query: str, request: Request) -
     return Asked(endpoint, namespace, found, request)
 
 
-def plan_words(asked: Asked) -> tuple[str, str, float]:
-    """Backend, layout and the seconds to confirm in (0.0 for no trial). Raises PlanError."""
+class PlanWords(NamedTuple):
+    """What is said of an apply beside its plan; `confirm` in seconds, 0.0 for no trial."""
+
+    backend: str
+    layout: str
+    confirm: float
+    flush: bool
+
+
+def plan_words(asked: Asked) -> PlanWords:
+    """The words of an apply. Raises PlanError."""
     said = {name: values[0] for name, values in asked.query.items()}
     faults: list[Fault] = []
     backend, layout = said.get("backend", "auto"), said.get("layout", "netapply")
+    flush = said.get("flush", "false")
     for name, value, known in (
         ("layout", layout, tuple(LAYOUTS)),
         ("fail", said.get("fail", "closed"), ("open", "closed")),
+        ("flush", flush, ("true", "false")),
     ):
         if value not in known:
             faults.append(Fault(name, value[:80], f"one of {', '.join(known)}"))
-    confirm = 0.0
-    if "confirm" in said:
-        try:
-            confirm = float(said["confirm"])
-        except ValueError:
-            confirm = -1.0
-        if not 0 < confirm <= LONGEST_CONFIRM:
-            faults.append(Fault("confirm", said["confirm"][:80], "seconds, more than 0 and at most 86400"))
+    confirm = _seconds("confirm", said["confirm"], faults) if "confirm" in said else 0.0
     if faults:
         raise PlanError(tuple(faults))
-    return backend, layout, confirm
+    return PlanWords(backend, layout, confirm, flush == "true")
+
+
+def seconds_of(asked: Asked) -> float:
+    """The seconds of an extension. Raises PlanError."""
+    faults: list[Fault] = []
+    seconds = _seconds("seconds", asked.query.get("seconds", ["nothing"])[0], faults)
+    if faults:
+        raise PlanError(tuple(faults))
+    return seconds
+
+
+def _seconds(name: str, word: str, faults: list[Fault]) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= LONGEST_CONFIRM:
+        faults.append(Fault(name, word[:80], "seconds, more than 0 and at most 86400"))
+    return seconds
 
 
 def logins_of(asked: Asked) -> tuple[Login, ...]:

@@ -22,11 +22,12 @@ Schema: TypeAlias = Mapping[str, Any]
 
 
 class Parameter(NamedTuple):
-    """One of the query: its name, what it says, and its type as JSON Schema has it."""
+    """One of the query: its name, what it says, its type as JSON Schema has it, and whether it has to be there."""
 
     name: str
     says: str
     schema: Schema
+    required: bool = False
 
 
 class Endpoint(NamedTuple):
@@ -66,6 +67,10 @@ _SPARE = Parameter(
     "FAR,HERE,PORT: the addresses and our port of a login that is left alone until confirm; may be repeated.",
     {"type": "array", "items": _TEXT},
 )
+_SECONDS = _CONFIRM._replace(name="seconds", says="Seconds to confirm in, from now.", required=True)
+_FLUSH = Parameter(
+    "flush", "Have connection tracking forget the flows that would be treated otherwise.", {"enum": ["true", "false"]}
+)
 _REASON = Parameter("reason", "Why, for the history.", _TEXT)
 _PLAN_WORDS = (
     Parameter("backend", "The dialect; auto unless given.", _TEXT),
@@ -73,6 +78,7 @@ _PLAN_WORDS = (
     _FAIL,
     _CONFIRM,
     _SPARE,
+    _FLUSH,
     _LABEL,
     _REASON,
 )
@@ -111,6 +117,17 @@ ENDPOINTS = (
         descriptors=True,
     ),
     Endpoint("POST", f"{_ONE}/confirm", "change", "confirm", "Keep what is on trial.", {}, descriptors=True),
+    Endpoint(
+        "POST",
+        f"{_ONE}/extend",
+        "change",
+        "extend",
+        "Give what is on trial more time.",
+        {"seconds": float},
+        query=(_SECONDS,),
+        descriptors=True,
+    ),
+    Endpoint("POST", f"{_ONE}/back", "change", "go_back", "Bring back what was before.", {}, descriptors=True),
     Endpoint("POST", f"{_ONE}/reconcile", "change", "reconcile", "Look now, and put it right.", {}, descriptors=True),
     Endpoint("POST", "/v1/reconcile", "change", "reconcile_all", "Look everywhere now, and put all right.", {}),
     Endpoint(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from netapply import core, inspection, routing
@@ -11,6 +11,7 @@ from netapply.agent.events import Cause
 from netapply.agent.listening import listening_ports, proxy_ports
 from netapply.agent.model import FailMode
 from netapply.agent.monitor import Monitor, News, watch_routing, watch_rules
+from netapply.agent.owning import Owning, can_own, owner_of, take_over
 from netapply.agent.watchers import Watchers
 from netapply.backend import Backend, Owned, find_backend
 from netapply.detection import lacking
@@ -81,8 +82,18 @@ class _Proven(NamedTuple):
 class Held:
     """An open namespace. Its methods block, and are called by one thread at a time; `holds` by any."""
 
-    def __init__(self, namespace: Namespace, journal: Journal, watchers: Watchers, call: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        journal: Journal,
+        watchers: Watchers,
+        call: Callable[[], None],
+        *,
+        owners: Mapping[str, int] | None = None,
+    ) -> None:
         self.namespace = namespace
+        self._owners = owners
+        self._is_owner = False
         self._journal = journal
         self._proven: _Proven | None = None
         #: Changes up to this nf_tables generation are known.
@@ -98,6 +109,8 @@ class Held:
         #: Whether it is being put right at this moment.
         self.healing = False
         watchers.add(self.rules.fileno(), call)
+        if owners:
+            take_over(namespace, owners)
 
     @classmethod
     def open(
@@ -109,14 +122,16 @@ class Held:
         *,
         host: bool,
         lock_timeout: float,
+        owners: Mapping[str, int] | None = None,
     ) -> Held:
         """Open what `spec` names, and begin to watch; news are a reason to `call`, from `listen` on.
 
-        Raises NamespaceError, OSError.
+        With `owners` native tables are to be ours alone, where they can be: sockets of an earlier agent that own some,
+        by key. Raises NamespaceError, OSError.
         """
         namespace = Namespace.open(spec, host=host, lock_timeout=lock_timeout)
         try:
-            return cls(namespace, journal, watchers, call)
+            return cls(namespace, journal, watchers, call, owners=owners)
         except BaseException:
             namespace.close()
             raise
@@ -135,6 +150,11 @@ class Held:
     def is_silent(self) -> bool:
         """Whether the kernel does not tell of every change: not of iptables-legacy, and not of settings."""
         return self.generation == 0 or bool(self._proven and self._proven.desired.routing.sysctls)
+
+    @property
+    def owner(self) -> tuple[str, int] | None:
+        """The socket that our table belongs to, where it belongs to one: see `owner_of`."""
+        return owner_of(self.namespace) if self._is_owner else None
 
     def attend(self, wanted: Wanted, *, deep: bool, active: bool | None, cancelled: Callable[[], bool]) -> Attended:
         """Answer the news that there are, or look at everything (`deep`). Raises NetapplyError, OSError.
@@ -215,6 +235,7 @@ class Held:
             count_flows=asked is not None,
             cancelled=cancelled,
             flush=asked is not None and asked.flush,
+            exclusive=self._owners is not None and can_own(self.namespace),
             reason=_reason(wanted, asked, healing=last is not None),
         )
         proven = time.monotonic()
@@ -236,6 +257,7 @@ class Held:
         owned = _owned(wanted.layout, desired.ruleset)
         snapshot = backend.read(self.namespace, owned)
         again = bool(backend.encode(snapshot, desired.ruleset))
+        self._is_owner = self._owners is not None and isinstance(backend, Owning) and backend.is_owned(snapshot)
         if again and unchanged:
             # Somebody was at it at this very moment, or the core left out more of the plan than we know. It is the
             # latter where an apply finds nothing to do while the same stands before and after.
@@ -264,8 +286,13 @@ class Held:
 
     def clean(self, reason: str = "") -> Result:
         """Take down all that is ours. `reason` is for the history. Raises NetapplyError."""
-        self._proven = None
+        self._proven, self._is_owner = None, False
         return core.clean(self.namespace, journal=self._journal, reason=reason)
+
+    def go_back(self, reason: str) -> Result:
+        """Bring back the state before the present one, as the journal has it. Raises NetapplyError."""
+        self._proven, self._is_owner = None, False
+        return core.rollback(self.namespace, journal=self._journal, reason=reason)
 
     def counters(self, layout: str) -> tuple[RuleCounter, ...]:
         """Our live rules with their counters. Raises NetapplyError."""

@@ -44,6 +44,8 @@ class Surroundings(Protocol):
     workers: Workers
     watchers: Watchers
     looks: Looks
+    #: Sockets of an earlier agent that own tables, by key; None where tables are to have no owner.
+    owners: Mapping[str, int] | None
     tally: Tally
 
     def tell(self, event: Event) -> None:
@@ -148,6 +150,17 @@ class Keeper:
             self._set("pending")
             self._told.removed(result)
             return result
+
+    async def leave(self, *, back: bool) -> None:
+        """Keep nothing more, and leave what stands; or, `back`, what stood before it. Raises NetapplyError."""
+        async with self._turn:
+            self.wanted = None
+            try:
+                if back:
+                    await self._around.workers.run(lambda: self._opened().go_back("nobody confirmed it"))
+            finally:
+                self._introduce()
+                self._set("pending")
 
     async def withdraw(self) -> None:
         """Nothing speaks of the namespace any more: take down what is ours, if it is there. Raises NetapplyError."""
@@ -377,6 +390,7 @@ class Keeper:
                 self._news,
                 host=config.host,
                 lock_timeout=config.lock_timeout,
+                owners=around.owners,
             )
         except OSError as error:
             raise NetapplyError(f"{self.place.name} cannot be watched: {error.strerror}") from error

@@ -14,6 +14,9 @@ STATES: tuple[State, ...] = ("pending", "inplace", "healing", "dormant", "failed
 #: What becomes of capture when the proxy of a plan with activation on-listen stops listening.
 FailMode: TypeAlias = Literal["open", "closed"]
 
+#: Whether native nftables tables get an owner, where the kernel has such tables.
+OwnMode: TypeAlias = Literal["auto", "never"]
+
 
 class Target(NamedTuple):
     """One namespace: `spec` as netapply.open takes it (a name, a path, "pid:N", a descriptor), and its labels.
@@ -51,7 +54,8 @@ class AgentConfig(NamedTuple):
     says. `concurrency`: worker threads, 0 for as many as serve. `settle`: for how long changes of iptables-nft's
     tables are gathered after a heal, as the kernel makes the next batch wait for what the last one freed. `queue`:
     events that a subscriber may be behind. `host`: whether the machine's own namespace may be named. The sockets are
-    those of `netapply agent`.
+    those of `netapply agent`. `owned`: "auto" has native tables belong to the agent where the kernel can do that, so
+    that nobody else can change them; a table that stands already stays as it is.
     """
 
     plans: str = "/etc/netapply/plans.d"
@@ -65,6 +69,7 @@ class AgentConfig(NamedTuple):
     queue: int = 1024
     lock_timeout: float = 2.0
     host: bool = False
+    owned: OwnMode = "never"
     socket: str = "/run/netapply-agent/control.sock"
     read_socket: str = "/run/netapply-agent/read.sock"
     read_group: str = ""
@@ -115,7 +120,7 @@ class Metrics(NamedTuple):
     namespaces: Mapping[str, int]
     applies: int
     failures: int
-    #: By the name of the process that caused the drift, "" where the kernel does not tell; "(others)" of many names.
+    #: By the process that caused the drift, "" where the kernel does not tell; from the 65th name on "others".
     heals: Mapping[str, int]
     apply_seconds: Histogram
     heal_seconds: Histogram

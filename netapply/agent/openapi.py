@@ -53,7 +53,13 @@ def description() -> dict[str, Any]:
 
 def _operation(endpoint: Endpoint, made: dict[str, Any]) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
-        {"name": each.name, "in": "query", "description": each.says, "schema": dict(each.schema)}
+        {
+            "name": each.name,
+            "in": "query",
+            **({"required": True} if each.required else {}),
+            "description": each.says,
+            "schema": dict(each.schema),
+        }
         for each in endpoint.query
     ]
     if "{namespace}" in endpoint.path:

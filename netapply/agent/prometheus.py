@@ -14,10 +14,6 @@ from netapply.errors import NetapplyError
 from netapply.results import RuleCounter
 from netapply.values import NamedTuple
 
-#: Processes may call themselves what they like, as often as they like: so many names get a series of their own.
-MOST_PROCESSES = 64
-OTHERS = "others"
-
 Labels: TypeAlias = Mapping[str, str]
 
 _index = re.compile(r"\[\d+\]")
@@ -97,7 +93,7 @@ def _all(metrics: Metrics, decisions: Decisions) -> Iterator[str]:
     yield from _family("namespaces", "gauge", "Namespaces that are kept or known, by state.", states)
     yield from _family("applies_total", "counter", "Plans put into force, first times and changes.", metrics.applies)
     yield from _family("failures_total", "counter", "Applies, heals and removals that failed.", metrics.failures)
-    heals = [({"process": process}, number) for process, number in _processes(metrics.heals)]
+    heals = [({"process": process}, number) for process, number in metrics.heals.items()]
     said = 'Drift put right, by the process that caused it; "" where the kernel does not tell.'
     yield from _family("heals_total", "counter", said, heals)
     said = "From the first look to the proof by read-back."
@@ -152,18 +148,6 @@ def _histogram(name: str, said: str, histogram: Histogram) -> Iterator[str]:
         yield f"netapply_{name}_bucket{_labels({'le': '+Inf' if bound is None else str(bound)})} {upto}"
     yield f"netapply_{name}_sum {histogram.total}"
     yield f"netapply_{name}_count {upto}"
-
-
-def _processes(heals: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """The first names that came keep their series; all later ones share one."""
-    rest = 0
-    for index, (process, number) in enumerate(heals.items()):
-        if index < MOST_PROCESSES:
-            yield process, number
-        else:
-            rest += number
-    if rest:
-        yield OTHERS, rest
 
 
 def _labels(labels: Labels) -> str:

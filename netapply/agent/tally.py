@@ -12,8 +12,8 @@ from netapply.agent.model import STATES, Histogram, Metrics, State
 BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 #: Heals are counted by so many names of processes, those that came first; the rest are OTHERS.
-CAUSES = 64
-OTHERS = "(others)"
+MOST_PROCESSES = 64
+OTHERS = "others"
 
 
 class Observed:
@@ -54,7 +54,7 @@ class Tally:
 
     def healed(self, process: str, seconds: float) -> None:
         """One heal more, because of a process of this name ("" where nobody knows), which gives itself the name."""
-        known = process in self._heals or len(self._heals) < CAUSES
+        known = process in self._heals or len(self._heals) < MOST_PROCESSES
         self._heals[process if known else OTHERS] += 1
         self.heal_seconds.observe(seconds)
 

@@ -9,13 +9,20 @@ from netapply.agent.held import Wanted
 from netapply.values import NamedTuple
 
 
+class Before(NamedTuple):
+    """What comes back: a wish; or, where there was none, what stood, where the apply changed that."""
+
+    wanted: Wanted | None
+    changed: bool
+
+
 class Trial(NamedTuple):
-    """What was wanted before, None for nothing, and the timer that brings it back.
+    """What was before, and the timer that brings it back.
 
     `meant` is what `confirm` puts in the place of what is on trial, if that is something else.
     """
 
-    before: Wanted | None
+    before: Before
     timer: asyncio.TimerHandle
     meant: Wanted | None
 
@@ -23,11 +30,11 @@ class Trial(NamedTuple):
 class Trials:
     """Those of one agent, by the keys of their namespaces. `over` is called with what waited for too long."""
 
-    def __init__(self, over: Callable[[str, Wanted | None], None]) -> None:
+    def __init__(self, over: Callable[[str, Before], None]) -> None:
         self._over = over
         self._waiting: dict[str, Trial] = {}
 
-    def begin(self, key: str, before: Wanted | None, seconds: float, meant: Wanted | None = None) -> None:
+    def begin(self, key: str, before: Before, seconds: float, meant: Wanted | None = None) -> None:
         """Wait for so long. An apply upon an apply that was never confirmed goes back to before both."""
         earlier = self.end(key)
         self._wait(key, earlier.before if earlier else before, meant, _now() + seconds)
@@ -53,14 +60,14 @@ class Trials:
     @property
     def before(self) -> Mapping[str, Wanted | None]:
         """What was wanted before, by key."""
-        return {key: trial.before for key, trial in self._waiting.items()}
+        return {key: trial.before.wanted for key, trial in self._waiting.items()}
 
     def close(self) -> None:
         """Wait for nothing."""
         for key in list(self._waiting):
             self.end(key)
 
-    def _wait(self, key: str, before: Wanted | None, meant: Wanted | None, until: float) -> None:
+    def _wait(self, key: str, before: Before, meant: Wanted | None, until: float) -> None:
         timer = asyncio.get_running_loop().call_at(until, self._expire, key)
         self._waiting[key] = Trial(before, timer, meant)
 

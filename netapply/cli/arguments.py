@@ -31,7 +31,7 @@ SUMMARY = {
     "watch": "what the agent does, as it happens: drift, who caused it, how soon it was healed",
     "top": "live counters of what the plans decide",
     "confirm": "keep what apply --confirm put on trial",
-    "extend": "give what apply --confirm put on trial more time, from now on; without the agent",
+    "extend": "give what apply --confirm put on trial more time, from now on",
     "demo": "send real packets through a plan in throwaway namespaces, in each dialect",
     "conform": "does a backend mean what the plan says: the conformance suite, by packets in throwaway namespaces",
     "install-unit": "write the agent's units for systemd; says what to run then, and starts nothing",
@@ -149,7 +149,9 @@ def _agent(parser: argparse.ArgumentParser) -> None:
     add("--read-group", default="", metavar="GROUP", help="whose members may read; root alone by default")
     add("--metrics", default="", metavar="ADDRESS:PORT", help="for Prometheus, on loopback; off by default")
     add("--host", action="store_true", help="allow the machine's own namespace")
+    add("--owned", choices=("auto", "never"), default="never", help="native tables that nobody else can change")
     add("--poll", type=words.seconds, default=1.0, metavar="SECONDS", help="looks where the kernel tells nothing")
+    add("--looks", type=float, default=40.0, metavar="N", help="of these at most so many a second, all together")
     add("--concurrency", type=int, default=0, metavar="N", help="worker threads; as many as serve by default")
     add("--lock-timeout", type=words.seconds, default=2.0, metavar="SECONDS", help="default 2")
     add("--log", choices=("auto", "json", "text"), default="auto", help="text on a terminal, else JSON")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from netapply.api import Capture, open_capture
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from netapply.canary import Canary
     from netapply.cli.client import Client
     from netapply.plan import CapturePlan
-    from netapply.trial import Trial, Waiter
+    from netapply.trial import Waiter
 
 CHANGES, DRIFT = 2, 3
 
@@ -43,8 +44,15 @@ def apply(arguments: Arguments, printer: Printer) -> int:
     if agent is not None:
         from netapply.cli import delegation
 
-        delegation.refuse_extras(arguments)
-        result = delegation.apply(agent, arguments, plan)
+        if arguments.probe:
+            with open_named(arguments) as capture:
+                proof = partial(_send, capture, canaries)
+                result, said = delegation.apply(agent, arguments, plan, proof)
+        else:
+            result, said = delegation.apply(agent, arguments, plan)
+        if arguments.confirm:
+            waits = result.changed or bool(said)
+            result = result._replace(notes=(*result.notes, _on_trial(arguments, waits=waits), *said))
     else:
         waiter = _waiter(arguments) if arguments.confirm else None
         with open_named(arguments) as capture:
@@ -59,8 +67,8 @@ def apply(arguments: Arguments, printer: Printer) -> int:
                 reason=arguments.reason,
             )
             if waiter is not None:
-                trial = waiter.wait(capture, arguments.confirm)
-                result = result._replace(notes=(*result.notes, _on_trial(trial, arguments), *waiter.said))
+                waits = waiter.wait(capture, arguments.confirm) is not None
+                result = result._replace(notes=(*result.notes, _on_trial(arguments, waits=waits), *waiter.said))
     if printer.json:
         told = {"canaries": _told(canaries)} if arguments.probe else {}
         printer.document("apply", {**result._asdict(), "warnings": [each._asdict() for each in warnings], **told})
@@ -79,8 +87,8 @@ def _waiter(arguments: Arguments) -> Waiter:
     return start(lambda: open_named(arguments))
 
 
-def _on_trial(trial: Trial | None, arguments: Arguments) -> str:
-    if trial is None:
+def _on_trial(arguments: Arguments, *, waits: bool) -> str:
+    if not waits:
         return "nothing is on trial: the state that stands is the one that stood before"
     where = f" -N {arguments.netns}" if arguments.netns else " --host" if arguments.host else ""
     return f"on trial for {arguments.confirm:g} s: it goes back unless `netapply confirm{where}` comes"
@@ -88,13 +96,13 @@ def _on_trial(trial: Trial | None, arguments: Arguments) -> str:
 
 def _proof(capture: Capture, plan: CapturePlan, sent: list[Canary]) -> Callable[[], None]:
     """Canary connections that the plan decides about; `sent` has the last of them."""
+    return partial(_send, capture, sent, plan)
 
-    def send() -> None:
-        from netapply.canary import prove
 
-        sent[:] = prove(capture.namespace, plan)
+def _send(capture: Capture, sent: list[Canary], plan: CapturePlan) -> None:
+    from netapply.canary import prove
 
-    return send
+    sent[:] = prove(capture.namespace, plan)
 
 
 def _told(canaries: list[Canary]) -> list[dict[str, object]]:
@@ -148,8 +156,14 @@ def extend(arguments: Arguments, printer: Printer) -> int:
     from netapply import trial
 
     with open_named(arguments) as capture:
-        if not trial.extend(capture, arguments.seconds):
+        extended = trial.extend(capture, arguments.seconds)
+    if not extended:
+        agent = _agent(arguments)
+        if agent is None:
             raise trial.nothing_is_on_trial()
+        from netapply.cli import delegation
+
+        delegation.extend(agent, arguments)
     if printer.json:
         printer.document("extend", {"seconds": arguments.seconds})
     else:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from netapply.cli import client
 from netapply.cli.words import Arguments
-from netapply.errors import NamespaceError, NetapplyError
+from netapply.errors import ApplyError, NamespaceError, NetapplyError
 from netapply.jsonform import result_of
-from netapply.logins import Login, find_logins, told_of, write_login
+from netapply.logins import Login, find_logins, spare, told_of, write_login
 from netapply.namespace import Namespace
 from netapply.nsfs import open_source
 from netapply.plan import CapturePlan
 from netapply.results import Result
+
+#: Seconds after which the agent goes back by itself, if whoever proves a plan has died. A proof takes a few at most.
+LONGEST_PROOF = 60.0
 
 
 def find_agent(path: str) -> client.Client | None:
@@ -33,25 +36,63 @@ def find_agent(path: str) -> client.Client | None:
     return client.Client(path)
 
 
-def apply(agent: client.Client, arguments: Arguments, plan: CapturePlan) -> Result:
-    """Have the agent apply a plan, and keep it. Raises NetapplyError."""
+def apply(
+    agent: client.Client,
+    arguments: Arguments,
+    plan: CapturePlan,
+    proof: Callable[[CapturePlan], None] | None = None,
+) -> tuple[Result, tuple[str, ...]]:
+    """Have the agent apply a plan, and keep it; with what is said of the logins that a trial leaves alone.
+
+    With `proof`, which is called here when all stands, with the plan that does, and raises where connections do not go
+    where they should, only then: until it is through the plan is on trial. Raises NetapplyError.
+    """
     from netapply.planfile import dump_plan
 
     words = {"backend": [arguments.backend], "layout": [arguments.layout]}
-    said: tuple[str, ...] = ()
-    if arguments.confirm:
-        logins = _logins(arguments)
-        said = tuple(map(told_of, logins))
-        words |= {"confirm": [f"{arguments.confirm:g}"], "spare": [*map(write_login, logins)]}
+    if arguments.flush_conntrack:
+        words["flush"] = ["true"]
+    logins = _logins(arguments) if arguments.confirm else ()
+    tried = spare(plan, logins, arguments.layout)
+    seconds = arguments.confirm or (LONGEST_PROOF if proof else 0.0)
+    if seconds:
+        words |= {"confirm": [f"{seconds:g}"], "spare": [*map(write_login, logins)]}
+    if proof and plan.activation != "now":
+        raise NetapplyError(
+            "a plan that waits for its proxy cannot be proven at once",
+            next_step="netapply apply PLAN, and netapply verify PLAN --probe when the proxy listens",
+        )
     with _named(arguments) as (name, fd):
         body = json.dumps(dump_plan(plan)).encode()
-        done = result_of(agent.ask("PUT", f"/v1/namespaces/{name}{_query(arguments, words)}", body, fd=fd))
-    return done._replace(notes=(*done.notes, *said))
+        result = result_of(agent.ask("PUT", f"/v1/namespaces/{name}{_query(arguments, words)}", body, fd=fd))
+        if proof:
+            on_trial = result.changed or tried != plan
+            _prove(agent, f"/v1/namespaces/{name}", fd, lambda: proof(tried), on_trial=on_trial)
+            if on_trial and not arguments.confirm:
+                agent.ask("POST", f"/v1/namespaces/{name}/confirm", fd=fd)
+    return result, tuple(map(told_of, logins))
 
 
 def _logins(arguments: Arguments) -> tuple[Login, ...]:
     with Namespace.open(arguments.netns, host=arguments.host) as namespace:
         return find_logins(namespace)
+
+
+def _prove(agent: client.Client, target: str, fd: int, proof: Callable[[], None], *, on_trial: bool) -> None:
+    """Raises what `proof` raised; as an ApplyError where something had to be undone."""
+    try:
+        proof()
+    except BaseException as error:
+        if not on_trial:
+            raise
+        step = "prove that connections are captured"
+        try:
+            agent.ask("POST", f"{target}/back", fd=fd)
+        except NetapplyError as second:
+            raise ApplyError(step, error, restored=False, rollback=second) from error
+        if not isinstance(error, Exception):
+            raise
+        raise ApplyError(step, error, restored=True) from error
 
 
 def clean(agent: client.Client, arguments: Arguments) -> Result | None:
@@ -84,23 +125,16 @@ def refuse(agent: client.Client, arguments: Arguments) -> None:
             )
 
 
-def refuse_extras(arguments: Arguments) -> None:
-    """Raise NetapplyError for what the agent does not do."""
-    if arguments.probe:
-        raise NetapplyError(
-            "the agent does not send canary connections",
-            next_step="netapply apply PLAN, and then netapply verify PLAN --probe; or --alone, if you mean it",
-        )
-    if arguments.flush_conntrack:
-        raise NetapplyError(
-            "the agent does not have connection tracking forget flows", next_step="--alone, if you mean it"
-        )
-
-
 def confirm(agent: client.Client, arguments: Arguments) -> None:
     """Keep what was applied on trial. Raises NetapplyError."""
     with _named(arguments) as (name, fd):
         agent.ask("POST", f"/v1/namespaces/{name}/confirm", fd=fd)
+
+
+def extend(agent: client.Client, arguments: Arguments) -> None:
+    """Give what is on trial more time. Raises NetapplyError."""
+    with _named(arguments) as (name, fd):
+        agent.ask("POST", f"/v1/namespaces/{name}/extend?seconds={arguments.seconds:g}", fd=fd)
 
 
 def _keeps(agent: client.Client, fd: int) -> bool:
