@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import secrets
@@ -54,6 +55,14 @@ def listening(netns: Netns, port: int = 15001) -> Iterator[None]:
         yield
     finally:
         sock.close()
+
+
+@contextmanager
+def lock_held() -> Iterator[None]:
+    """As by an iptables that does not end."""
+    with open(os.environ["XTABLES_LOCKFILE"], "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 async def test_a_plan_file_is_in_force_when_the_agent_has_started(
@@ -198,6 +207,22 @@ async def test_a_process_that_ends_while_its_plan_is_withdrawn_is_no_fault(tmp_p
         (keeper,) = agent._roster.keepers.values()
         await keeper.close()  # as when the process has ended
         await keeper.withdraw()
+
+
+async def test_what_cannot_be_taken_down_is_tried_again_until_it_is_gone(
+    tmp_path: Path, plans: Path, named_netns: Netns
+) -> None:
+    path = write(plans, "a.yaml", f"path: {named_netns.name}", rest="backend: iptables-legacy\n")
+    async with running(tmp_path, plans=str(plans), lock_timeout=0.05) as (agent, record):
+        assert standing(named_netns.path, "iptables-legacy")
+        with lock_held():
+            path.unlink()
+            await record.next("failed")
+            assert [status.state for status in agent.status()] == ["failed"]
+            assert standing(named_netns.path, "iptables-legacy")
+        await record.next("removed")
+        await until(lambda: not agent.status())
+        assert standing(named_netns.path, "iptables-legacy") is None
 
 
 async def test_labels_select_registered_namespaces(

@@ -163,17 +163,23 @@ class Keeper:
                 self._set("pending")
 
     async def withdraw(self) -> None:
-        """Nothing speaks of the namespace any more: take down what is ours, if it is there. Raises NetapplyError."""
+        """Nothing speaks of the namespace any more: take down what is ours, if it is there.
+
+        Where that fails it is tried again, ever more rarely. Back when it is done, or something speaks of it again.
+        """
         self.wanted = None
-        if self.held is None and self.state == "gone":
+        while not (self._closed or (self.held is None and self.state == "gone")):
+            try:
+                await self.remove()
+            except NamespaceError:
+                self._vanish()
+            except NetapplyError as error:
+                if not self._closed:  # else its process ended meanwhile
+                    self._failed(error)
+                    await asyncio.sleep(self._not_before - time.monotonic())
+                    if self.wanted is None:
+                        continue
             return
-        try:
-            await self.remove()
-        except NamespaceError:
-            self._vanish()
-        except NetapplyError:
-            if not self._closed:  # its process ended meanwhile
-                raise
 
     async def reconcile(self) -> None:
         """Look at everything, and put right what is not as it should be; back when that was tried."""
