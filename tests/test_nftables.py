@@ -314,9 +314,9 @@ def test_thousands_of_single_ports_are_put_up_in_well_below_a_second(kernel: Nam
     ports = tuple(PortRange(port, port) for port in range(1, 65536, 2))
     desired = one_chain(Rule((TCP, PortMatch("dst", ports)), Redirect(1)))
     (step,) = BACKEND.encode(BACKEND.read(kernel), desired)
-    begun = time.perf_counter()
+    begun = time.thread_time()  # which others on the machine do not lengthen
     BACKEND.commit(kernel, step)
-    assert time.perf_counter() - begun < 1  # 0.08 s; in a set of the kernel's choice 4 s
+    assert time.thread_time() - begun < 1  # 0.08 s; in a set of the kernel's choice 4 s
     assert BACKEND.read(kernel).ruleset == desired
     assert listed(netns) == BACKEND.render(desired)
 
