@@ -218,7 +218,7 @@ async def test_what_cannot_be_taken_down_is_tried_again_until_it_is_gone(
         with lock_held():
             path.unlink()
             await record.next("failed")
-            assert [status.state for status in agent.status()] == ["failed"]
+            assert [(each.state, each.fail_open_seconds) for each in agent.status()] == [("failed", 0.0)]
             assert standing(named_netns.path, "iptables-legacy")
         await record.next("removed")
         await until(lambda: not agent.status())

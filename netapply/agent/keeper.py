@@ -525,7 +525,7 @@ class Keeper:
         if state == "inplace":
             self._told.is_closed()
             self._told.error = ""
-        elif state in ("dormant", "failed"):
+        elif state in ("dormant", "failed") and self.wanted is not None:
             self._told.is_open()
         elif state in ("gone", "pending"):
             self._told.is_closed()
