@@ -89,6 +89,20 @@ async def test_a_socket_that_was_kept_owns_it_over_a_restart(tmp_path: Path, net
         assert not agent.descriptors()
 
 
+async def test_a_socket_that_was_kept_is_only_good_for_the_start(tmp_path: Path, netns: Netns) -> None:
+    """Whoever kept it closes it once the agent has begun, and its number is soon another's."""
+    config = AgentConfig(plans="", state=str(tmp_path / "state"), journal=str(tmp_path / "journal"), owned="auto")
+    async with Agent(config) as agent:
+        await agent.apply(netns.path, PLAN)
+        kept = {key: os.dup(fd) for key, fd in agent.descriptors().items()}
+    async with Agent(config, kept=kept) as agent:
+        for fd in kept.values():
+            os.close(fd)
+        await agent.remove(netns.path)
+        assert (await agent.apply(netns.path, PLAN)).changed
+        assert refused(netns, "nft", "delete", "table", "inet", "netapply")
+
+
 async def test_the_command_changes_it_when_no_agent_runs(tmp_path: Path, netns: Netns) -> None:
     async with running(tmp_path, owned="auto") as (agent, _):
         await agent.apply(netns.path, PLAN)

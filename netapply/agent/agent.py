@@ -44,7 +44,7 @@ _PLANS = 256
 class Agent:
     """Keeps namespaces to their plans while it is entered. Leaving it leaves the rules in place.
 
-    `kept` are descriptors of an earlier agent, by the keys of `descriptors()`: it duplicates them.
+    `kept` are descriptors of an earlier agent, by the keys of `descriptors()`: it duplicates them, until it is entered.
     """
 
     def __init__(self, config: AgentConfig | None = None, *, kept: Mapping[str, int] | None = None) -> None:
@@ -91,6 +91,8 @@ class Agent:
         except BaseException:
             await self._close()
             raise
+        if self.owners is not None:
+            self.owners = {}  # whoever kept them closes them from here on
         self.tally.ticked = time.monotonic()
         return self
 
