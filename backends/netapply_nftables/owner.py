@@ -61,10 +61,17 @@ def _process_of(kernel: Kernel, port: int) -> str:
     inodes = {row[9] for row in rows if row[1] == str(NETLINK_NETFILTER) and row[2] == str(port)}
     wanted = {f"socket:[{inode}]" for inode in inodes}
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            folder = f"/proc/{pid}/fd"
-            for fd in os.listdir(folder):
-                if os.readlink(f"{folder}/{fd}") in wanted:
-                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
-                        return f"{file.read().strip()} ({pid})"
+        if wanted & _links(f"/proc/{pid}/fd"):
+            with suppress(OSError), open(f"/proc/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
+                return f"{file.read().strip()} ({pid})"
     return ""
+
+
+def _links(folder: str) -> set[str]:
+    """Where the descriptors lead that are still open when they are looked at; none of a process that is hidden."""
+    found: set[str] = set()
+    with suppress(OSError):
+        for fd in os.listdir(folder):
+            with suppress(FileNotFoundError):
+                found.add(os.readlink(f"{folder}/{fd}"))
+    return found
