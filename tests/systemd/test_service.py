@@ -46,24 +46,29 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """Booted once, with the agent as `install-unit` says it is to be started, and a pod with a way out."""
     binds = {HERE: "/opt/tests"} | ({ENVOY: "/opt/envoy"} if ENVOY else {})
     with Machine(tmp_path_factory.mktemp("machine"), binds) as machine:
-        said = machine.netapply("install-unit")
-        steps = [line.removeprefix("next: ") for line in said.splitlines() if line.startswith("next: ")]
-        assert tuple(steps[:3]) == START
-        for step in steps:
-            machine.run(*step.split())
+        install(machine)
         machine.write("/tmp/plan.yaml", PLAN)
-        for line in (
-            "netns add pod",
-            "netns add peer",
-            "link add name out netns pod type veth peer name in netns peer",
-            "-n pod addr add 10.9.0.1/24 dev out",
-            "-n peer addr add 10.9.0.2/24 dev in",
-            "-n pod link set lo up",
-            "-n pod link set out up",
-            "-n peer link set in up",
-        ):
-            machine.run("ip", *line.split())
         yield machine
+
+
+def install(machine: Machine, *flags: str) -> None:
+    """As the guide says; and a pod with a way out."""
+    said = machine.netapply("install-unit", *(("--", *flags) if flags else ()))
+    steps = [line.removeprefix("next: ") for line in said.splitlines() if line.startswith("next: ")]
+    assert tuple(steps[:3]) == START
+    for step in steps:
+        machine.run(*step.split())
+    for line in (
+        "netns add pod",
+        "netns add peer",
+        "link add name out netns pod type veth peer name in netns peer",
+        "-n pod addr add 10.9.0.1/24 dev out",
+        "-n peer addr add 10.9.0.2/24 dev in",
+        "-n pod link set lo up",
+        "-n pod link set out up",
+        "-n peer link set in up",
+    ):
+        machine.run("ip", *line.split())
 
 
 @pytest.fixture(autouse=True)
@@ -119,10 +124,11 @@ def connections(machine: Machine) -> Iterator[dict[str, int]]:
         answers.update(json.loads(asking.communicate("end\n", timeout=30)[0]))
     finally:
         for program in programs:
-            _end(machine, program)
+            end(program)
 
 
-def _end(machine: Machine, program: subprocess.Popen[str]) -> None:
+def end(program: subprocess.Popen[str]) -> None:
+    """End it, and what it began."""
     if program.poll() is None:
         children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
         subprocess.run(["kill", "-9", str(program.pid), *children], check=False)
@@ -249,7 +255,7 @@ def test_http_goes_through_envoy_and_nowhere_else_while_it_is_killed_and_restart
         answers = json.loads(asking.communicate("end\n", timeout=30)[0])
     finally:
         for program in programs:
-            _end(machine, program)
+            end(program)
     assert set(answers) == {"200 outbound-ip"}, answers
     figure(f"killed and restarted: {answers['200 outbound-ip']} pages, all through Envoy")
 
@@ -284,7 +290,7 @@ def test_a_namespace_that_was_handed_over_as_a_descriptor_outlasts_the_process(m
             lambda: machine.show("netapply.service", "NFileDescriptorStore")["NFileDescriptorStore"] == "0", "y"
         )
     finally:
-        _end(machine, holder)
+        end(holder)
 
 
 def _sleeper(machine: Machine) -> str:
