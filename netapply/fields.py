@@ -47,8 +47,10 @@ class Redundant(NamedTuple):
 class Check:
     """What one reading of a plan finds on its way."""
 
-    def __init__(self, lookups: Lookups) -> None:
+    def __init__(self, lookups: Lookups, beside: tuple[str, ...] = ()) -> None:
         self.lookups = lookups
+        #: Fields of the file that are not the plan's, and were read already.
+        self.beside = beside
         self.faults: list[Fault] = []
         self.redundant: list[Redundant] = []
 
@@ -308,8 +310,9 @@ class Group(NamedTuple):
         from difflib import get_close_matches
 
         # A guess takes a good part of a millisecond: a file of nothing but unknown fields gets a few.
-        close = get_close_matches(name[:64].lower(), self.fields, 1) if len(check.faults) < _GUESSES else []
-        hint = f"did you mean {close[0]}?" if close else f"the fields here are {', '.join(self.fields)}"
+        known = [*self.fields, *(() if at else check.beside)]
+        close = get_close_matches(name[:64].lower(), known, 1) if len(check.faults) < _GUESSES else []
+        hint = f"did you mean {close[0]}?" if close else f"the fields here are {', '.join(known)}"
         shown = name if name and name.isprintable() and len(name) <= 40 else shorten(name)
         check.faults.append(Fault(f"{at}.{shown}" if at else shown, "an unknown field", hint))
 

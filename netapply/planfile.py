@@ -69,10 +69,11 @@ def examine_plan(
     lookups: Lookups = SYSTEM,
     source: str = "<plan>",
     limits: Limits = LIMITS,
+    beside: tuple[str, ...] = (),
 ) -> Loaded:
-    """`load_plan`, and what was redundant in the file."""
+    """`load_plan`, and what was redundant in the file. `beside` it has fields that are not here, nor the plan's."""
     document = read_document(data, format, limits, source)
-    check = Check(lookups)
+    check = Check(lookups, beside)
     plan = PLAN.parse(document, "", check)
     if plan is not FAULTY:
         check.faults.extend(find_contradictions(plan, [fault.path for fault in check.faults]))

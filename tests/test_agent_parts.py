@@ -115,6 +115,22 @@ def test_a_file_without_namespaces_is_told_so() -> None:
         parse_plan_file("f", {"apiVersion": "netapply/v1"})
 
 
+def test_an_unknown_field_of_a_plan_file_is_told_with_all_that_there_are() -> None:
+    document = {
+        "apiVersion": "netapply/v1",
+        "namespaces": [{"path": "x"}],
+        "odd": 1,
+        "layuot": "istio",
+        "proxy": {"q": 1},
+    }
+    with pytest.raises(PlanError) as raised:
+        parse_plan_file("f", document)
+    said = {fault.path: fault.accepted for fault in raised.value.faults}
+    assert said["odd"].endswith("prefer, namespaces, backend, layout, fail")
+    assert said["layuot"] == "did you mean layout?"
+    assert "namespaces" not in said["proxy.q"]
+
+
 def test_a_glob_finds_names_and_nothing_where_there_is_no_directory(tmp_path: Path) -> None:
     for name in ("cni-1", "cni-2", "other"):
         (tmp_path / name).touch()

@@ -27,7 +27,7 @@ from netapply.documents import LIMITS, read_document
 from netapply.errors import Fault, PlanError
 from netapply.fields import is_list, is_mapping
 from netapply.nsfs import NAMED
-from netapply.planfile import dump_plan, fingerprint, format_of, load_plan, read_source
+from netapply.planfile import dump_plan, examine_plan, fingerprint, format_of, read_source
 from netapply.values import NamedTuple
 
 SelectorKind: TypeAlias = Literal["path", "glob", "pidFile", "label"]
@@ -78,7 +78,8 @@ def parse_plan_file(path: str, document: Any) -> PlanFile:
     selectors = _selectors(rest.pop("namespaces", None), faults)
     chosen = {key: _choice(key, rest.pop(key, words[0]), faults) for key, words in _CHOICES.items()}
     try:
-        plan = load_plan(json.dumps(rest, default=str), format="json", source=path)
+        text = json.dumps(rest, default=str)
+        plan = examine_plan(text, format="json", source=path, beside=("namespaces", *_CHOICES)).plan
     except PlanError as error:
         raise PlanError((*faults, *error.faults)) from error
     if faults:
