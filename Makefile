@@ -95,7 +95,7 @@ wheel: $(VENV)/.installed oracles
 	cd build/wheel && venv/bin/netapply demo >demo.txt || { cat demo.txt; exit 1; }
 	cd build/wheel && venv/bin/python -m pytest -q -p no:cacheprovider tests/test_promises.py
 
-# The service on a real systemd in a container, killed, hung and upgraded under traffic: two minutes, and one for the
+# The service on a real systemd in a container, killed, hung and upgraded under traffic: three minutes, and one for the
 # root file system, once (300 MB, ROOT=DIR for another place).
 ROOT ?= build/systemd/root
 systemd: $(VENV)/.installed
