@@ -118,7 +118,7 @@ def _locked(directory: int) -> int:
         fd = os.open(FILE, flags, 0o600, dir_fd=directory)
         with suppress(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_in_place(fd, directory):
+            if _inode_in_place(directory) == os.fstat(fd).st_ino:
                 return fd
         os.close(fd)
         if time.monotonic() >= deadline:
@@ -126,11 +126,11 @@ def _locked(directory: int) -> int:
         time.sleep(0.001)
 
 
-def _is_in_place(fd: int, directory: int) -> bool:
-    """Whether what is open is what FILE names now."""
+def _inode_in_place(directory: int) -> int:
+    """Of what FILE names now; 0 where it names nothing."""
     with suppress(FileNotFoundError):
-        return os.stat(FILE, dir_fd=directory, follow_symlinks=False).st_ino == os.fstat(fd).st_ino
-    return False
+        return os.stat(FILE, dir_fd=directory, follow_symlinks=False).st_ino
+    return 0
 
 
 def events(journal: Journal | None = None, namespace: str = "") -> tuple[Event, ...]:
@@ -155,10 +155,8 @@ def _lines(directory: int) -> list[bytes]:
     for _ in range(100):
         now, inode = _content(directory, FILE)
         before, _ = _content(directory, f"{FILE}.1")
-        with suppress(FileNotFoundError):
-            if inode and os.stat(FILE, dir_fd=directory, follow_symlinks=False).st_ino != inode:
-                continue
-        return before.splitlines() + now.splitlines()
+        if not inode or _inode_in_place(directory) == inode:
+            return before.splitlines() + now.splitlines()
     raise JournalError(f"{FILE} is written faster than it can be read", next_step="try again")
 
 

@@ -67,7 +67,7 @@ def test_writers_at_once_lose_no_line_while_the_file_is_put_aside(
             read += 1
     kept = list(tmp_path.glob("kept.*"))
     assert all(path.stat().st_size > 2000 for path in kept)
-    lines = [line for path in [*kept, tmp_path / "history"] for line in path.read_bytes().splitlines()]
+    lines = [line for path in [*kept, *tmp_path.glob("history")] for line in path.read_bytes().splitlines()]
     found = [history._understood(line) for line in lines]
     assert sorted((each.name, each.state) for each in found if each) == sorted(
         (str(writer), number) for writer in range(WRITERS) for number in range(LINES)

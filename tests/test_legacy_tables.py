@@ -38,7 +38,8 @@ from netapply.ruleset import (
 from netapply_iptables_legacy import BACKEND
 from netapply_iptables_legacy.rules import decode_rule, encode_rule
 from netapply_iptables_legacy.snapshot import LegacySnapshot
-from netapply_iptables_legacy.sockopt import SO_GET_ENTRIES, SO_GET_INFO, add_counters, read_info
+from netapply_iptables_legacy.sockopt import SO_GET_ENTRIES, SO_GET_INFO, Info, add_counters, read_info
+from netapply_iptables_legacy.tables import KernelTable
 from tests import netns as namespaces
 from tests.netns import Netns
 from tests.test_legacy_rules import rulesets, temporary_cgroup
@@ -652,3 +653,9 @@ def test_where_a_table_is_refused_those_before_it_go_back_counters_and_all(netns
         BACKEND.commit(kernel, step)
     assert saved(netns) == before
     assert "PREROUTING" not in "".join(line for line in saved(netns, six=True).splitlines() if line.startswith("-A"))
+
+
+def test_a_table_with_hooks_that_its_kind_has_not_is_refused() -> None:
+    nothing = (0,) * 5
+    with pytest.raises(DecodeError, match="table nat has hooks 0b11111"):
+        KernelTable("ip", "nat", Info(0b11111, nothing, nothing, 0, 0), b"")

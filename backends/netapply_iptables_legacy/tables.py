@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from netapply.errors import DecodeError
 from netapply.values import NamedTuple
 from netapply_iptables_legacy.entries import AT_THE_END, IN_FRONT, entry_offsets, parse, stable, without_counters
 from netapply_iptables_legacy.sockopt import get_entries, read_entries
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from netapply_iptables_legacy.sockopt import Info
 
 
+#: The hooks that each table has, 1 << hook: `valid_hooks` of its struct xt_table (iptable_nat.c and so on).
+_VALID_HOOKS = {"raw": 0b01001, "mangle": 0b11111, "nat": 0b11011, "filter": 0b01110}
+
+
 class KernelTable:
     """The content of one table, whatever it has counted: the same object for the same content, while it is known.
 
@@ -25,6 +30,8 @@ class KernelTable:
 
     def __init__(self, family: Family, name: str, info: Info, data: bytes) -> None:
         """Raises DecodeError for a table that no iptables has written."""
+        if info.valid_hooks & ~_VALID_HOOKS.get(name, 0b11111):
+            raise DecodeError(f"table {name} has hooks {info.valid_hooks:#07b}, and not those of its kind")
         self.family: Family = family
         self.name = name
         self.info = info
