@@ -39,6 +39,7 @@ userlands: $(VENV)/.installed
 
 # What an apply costs beside the kernel's share and the tools': minutes. QUICK=1 below one; BENCH='-o FILE --strict'.
 bench: $(VENV)/.installed oracles
+	@$(PY) -m compileall -q netapply backends  # as pip does when it installs
 	$(PY) -m bench $(if $(QUICK),--quick) $(BENCH)
 
 # The conformance suite at level full, on each of our backends: minutes. LEVEL=stress adds a thousand random plans.

@@ -267,11 +267,11 @@ def test_ten_thousand_blocks_take_little_more_than_their_parse():
     )
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         plan = load(text)
-        times.append(time.perf_counter() - begin)
+        times.append(time.thread_time() - begin)
     assert len(plan.outbound.cidrs.exclude) == 10_000
-    assert min(times) < 0.060  # about 13 ms on an idle machine
+    assert min(times) < 0.2  # about 13 ms, 60 where coverage traces it; comparing each with each takes seconds
 
 
 # --- values --------------------------------------------------------------------------------------------------
