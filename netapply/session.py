@@ -1,7 +1,7 @@
 """One command's hold on a namespace: its journal, under the lock, and what stands there as the journal says it.
 
-    with session(namespace, journal, "apply", reason) as held:
-        owned = ours(held.entry, layout)
+    with take(namespace, journal, "apply", reason) as session:
+        owned = owned_by(session.entry, layout)
 
 First of all, what an interrupted run left is finished or undone.
 """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from textwrap import wrap
 
-from netapply.drawing.picture import ADDRESSED, TAKEN, Box, End, Picture, Row
+from netapply.drawing.picture import ADDRESSED, SOURCES, TAKEN, Box, End, Picture, Row
 
 _SANS, _MONO = "sans-serif", "monospace"
 _WIDTH = 60  # characters of a rule in a line
@@ -16,8 +16,6 @@ _INK = "#1f2937"
 _ROWS = {"": ("#ffffff", _INK), "unmet": ("#ffffff", _PALE), "passed": ("#ffffff", _INK), "matched": ("#fff1e3", _INK),
          "decided": ("#fbc78e", _INK)}  # fmt: skip
 _ENDS = {"taken": ("#e7eafc", "#4452b8"), "addressed": ("#e3f5e9", "#2b8a57"), "dropped": ("#fde5e5", "#c03a3a")}
-#: Where packets of a hook come from.
-_SOURCES = {"prerouting": "from outside", "output": "from a process here"}
 
 
 def to_dot(picture: Picture) -> str:
@@ -33,9 +31,9 @@ def _lines(picture: Picture) -> Iterator[str]:
     yield f'edge [color="{_PALE}", fontname="{_SANS}", fontsize=10, fontcolor="{_PALE}", arrowsize=0.7];'
     for hook in picture.hooks:
         yield f"hook_{hook} [label=<{_hook(hook, [box for box in picture.boxes if box.hook == hook])}>];"
-        if hook in _SOURCES:
+        if hook in SOURCES:
             style = f'shape=box, style="rounded", color="{_PALE}", margin="0.15,0.1"'
-            yield f'from_{hook} [{style}, label="{_SOURCES[hook]}"];'
+            yield f'from_{hook} [{style}, label="{SOURCES[hook]}"];'
             yield f"from_{hook} -> hook_{hook}:title:w{_way(taken=hook == picture.begins)};"
     yield f"{{ rank=same; {' '.join(f'hook_{hook}' for hook in picture.hooks)} }}"
     for box in (box for box in picture.boxes if not box.hook):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from netapply.drawing.picture import ADDRESSED, MET, TAKEN, Box, Picture, Row
+from netapply.drawing.picture import ADDRESSED, MET, SOURCES, TAKEN, Box, Picture, Row
 
 _CLASSES = (
     "classDef chain fill:#f6f7fa,stroke:#cbd2dd,color:#1f2937",
@@ -18,7 +18,6 @@ _CLASSES = (
     "classDef dropped fill:#fde5e5,stroke:#c03a3a,color:#1f2937",
     "classDef reached stroke:#d9680f,stroke-width:3px",
 )
-_SOURCES = {"prerouting": "from outside", "output": "from a process here"}
 
 
 def to_mermaid(picture: Picture) -> str:
@@ -78,8 +77,8 @@ class _Chart:
         """Its base chains, one behind the other, from who sends to where it was addressed."""
         begins = hook == self._picture.begins
         before = f"from_{hook}"
-        if hook in _SOURCES:
-            yield f"  {before}([{_quoted(_SOURCES[hook])}])"
+        if hook in SOURCES:
+            yield f"  {before}([{_quoted(SOURCES[hook])}])"
         for box in (box for box in self._picture.boxes if box.hook == hook):
             if before:
                 yield self._link(before, f"{box.id}_first", taken=begins and any(row.fate in MET for row in box.rows))

@@ -19,16 +19,18 @@ Fate: TypeAlias = Literal["", "unmet", "passed", "matched", "decided"]
 TAKEN: frozenset[Fate] = frozenset(("matched", "decided"))
 MET: frozenset[Fate] = frozenset(("passed", "matched", "decided"))
 HOOKS: tuple[Hook, ...] = ("prerouting", "input", "forward", "output", "postrouting")
+#: Who sends the packets of a hook, where it is the first that they meet.
+SOURCES = {"prerouting": "from outside", "output": "from a process here"}
 ADDRESSED = "addressed"
 #: Of a longer run of rules that the packet does not match, or that nobody asks about, these many at each end are drawn.
 _RUN, _ENDS = 20, 4
 
 
 class Row(NamedTuple):
-    """A rule: its place in the chain from 1 (0 where `when` says that some are left out), and in the dialect's words
+    """A rule, in the dialect's words: what it looks at (`when`) and what it does (`then`).
 
-    what it looks at and what it does. `path` is the plan path that wants it. `goes` is the id of the box or end that
-    it sends packets to; "" where they go on.
+    `position` is its place in the chain from 1, or 0 where `when` says that some are left out. `path` is the plan path
+    that wants it. `goes` is the id of the box or end that it sends packets to; "" where they go on.
     """
 
     position: int
