@@ -41,7 +41,7 @@ from netapply.ruleset import (
     TProxy,
 )
 from netapply_nftables import BACKEND
-from netapply_wire.nfnetlink import NFT_MSG_GETSET, NFT_MSG_GETSETELEM, generation
+from netapply_wire.nfnetlink import NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM, generation
 from tests.netns import Netns
 from tests.nftables_rulesets import named_set, rulesets
 
@@ -348,6 +348,26 @@ def test_sets_are_asked_for_only_where_there_are_some(
 
     assert BACKEND.read(Overheard()).ruleset == desired
     assert [command for command in asked if command in (NFT_MSG_GETSET, NFT_MSG_GETSETELEM)] == commands
+
+
+@pytest.mark.parametrize("moment", [NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM])
+@pytest.mark.parametrize("after", [None, SMALL], ids=["gone", "another"])
+def test_a_table_that_goes_while_it_is_read_is_read_again(
+    kernel: Namespace, moment: int, after: Ruleset | None
+) -> None:
+    put(kernel, one_chain(Rule((), Return()), sets=(named_set("ip", [Cidr(bytes(4), 8)]),)))
+    moments = [moment]
+
+    class Raced(Kernel):
+        def netlink(self, protocol: int, request: bytes) -> list[bytes]:
+            if moments == [request[4]]:
+                moments.clear()
+                put(kernel, None)
+                put(kernel, after)
+            return kernel.netlink(protocol, request)
+
+    assert BACKEND.read(Raced()).ruleset == after
+    assert not moments
 
 
 def test_sets_of_one_name_and_other_elements_are_told_apart(make_netns: Callable[..., Netns]) -> None:

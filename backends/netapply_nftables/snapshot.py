@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 
 from netapply.backend import Counters
-from netapply.errors import ConflictError, DecodeError
+from netapply.errors import ConflictError, DecodeError, KernelError
 from netapply.kernel import Kernel
 from netapply.ruleset import Base, Chain, ChainType, Hook, Jump, NamedSet, PortRange, Rule, Ruleset, Table, TProxy
 from netapply.values import NamedTuple
@@ -237,7 +238,7 @@ def read_snapshot(kernel: Kernel, name: str) -> Snapshot:
         contents = _read(kernel, name, parse_message(table))
         before = at
         at, table, snapshot = look_for_table(kernel, name)
-        if at == before:
+        if contents is not None and at == before:
             snapshot = Snapshot(name, at, contents, orphan=bool(contents.flags and table and is_orphan(table)))
             # A table with an owner that does not persist goes with its process, which does not raise the generation.
             if contents.flags in (0, OWNED, ORPHANED):
@@ -245,14 +246,20 @@ def read_snapshot(kernel: Kernel, name: str) -> Snapshot:
     raise ConflictError("somebody keeps changing the nf_tables rules while they are read")
 
 
-def _read(kernel: Kernel, name: str, table: Message) -> Contents:
+def _read(kernel: Kernel, name: str, table: Message) -> Contents | None:
+    """The table's parts, one after another; None where it, or a set of it, went meanwhile."""
     flags, use = (number(table.attributes.get(each, b"")) for each in (NFTA_TABLE_FLAGS, NFTA_TABLE_USE))
     ours = string(1, name)  # attribute 1 names the table in each kind of request; the kernel ignores it for chains
     chains = tuple(each for each in dump(kernel, NFT_MSG_GETCHAIN, NFPROTO_INET, ours) if each.startswith(ours, 2))
     rules = dump(kernel, NFT_MSG_GETRULE, NFPROTO_INET, ours)
     # A dump more is worth it where the table counts what is not a chain, or rules name anonymous sets.
     some = use != len(chains) or any(ANONYMOUS_SET in each for each in rules)
-    sets = dump(kernel, NFT_MSG_GETSET, NFPROTO_INET, ours) if some else ()
-    names = (text(parse_message(each).attributes[NFTA_SET_NAME]) for each in sets)
-    elements = tuple(dump(kernel, NFT_MSG_GETSETELEM, NFPROTO_INET, ours + string(2, each)) for each in names)
+    try:  # unlike the others, these dumps fail where what they are to list is not there
+        sets = dump(kernel, NFT_MSG_GETSET, NFPROTO_INET, ours) if some else ()
+        names = (text(parse_message(each).attributes[NFTA_SET_NAME]) for each in sets)
+        elements = tuple(dump(kernel, NFT_MSG_GETSETELEM, NFPROTO_INET, ours + string(2, each)) for each in names)
+    except KernelError as failure:
+        if failure.errno != errno.ENOENT:
+            raise
+        return None
     return contents_of(name, Dumped(flags, use, chains, rules, sets, elements))
