@@ -140,17 +140,18 @@ async def test_every_one_of_many_drifts_is_healed_and_nothing_grows(
             each.close()
 
 
+@pytest.mark.parametrize("dialect", ["nftables", "iptables-nft", "iptables-legacy"])
 async def test_one_that_is_fought_over_starves_nobody(
-    tmp_path: Path, journal: str, figure: Callable[[str], None]
+    dialect: str, tmp_path: Path, journal: str, figure: Callable[[str], None]
 ) -> None:
     """One namespace is flushed without rest; another is healed as quickly as ever."""
     fought, quiet = unshared(2)
     stop = asyncio.Event()
-    backend = find_backend("nftables")
+    backend = find_backend(dialect)
     try:
         async with running(tmp_path, journal=journal) as (agent, record):
             for each in (fought, quiet):
-                await agent.apply(each.path, load_plan(PLAN + "ipv6: skip\n"))
+                await agent.apply(each.path, load_plan(PLAN + "ipv6: skip\n"), backend=dialect)
 
             async def fight() -> None:
                 with Namespace.open(fought.path) as namespace:
