@@ -208,7 +208,8 @@ class Namespace:
         self._open_ahead((NETLINK_ROUTE, NETLINK_NETFILTER), _TABLES + _SOCKETS)
 
     def _begin_with(self, work: Callable[[], T]) -> T:
-        self._begin()
+        """The same for an agent, which need not count sockets."""
+        self._open_ahead((NETLINK_ROUTE, NETLINK_NETFILTER), _TABLES)
         return work()
 
     def _open_ahead(
