@@ -34,7 +34,6 @@ _SETTLE = 2.0
 
 
 def main(directory: str, dialect: str, poll: float, fds: list[int]) -> None:
-    os.environ["XTABLES_LOCKFILE"] = f"{directory}/xtables.lock"
     names, plans = Path(directory, "netns"), Path(directory, "plans")
     for each in (names, plans):
         each.mkdir(exist_ok=True)

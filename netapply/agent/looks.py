@@ -107,10 +107,9 @@ class Looks:
             due = list(self._silent) if sweeps else self._due(now)
             if sweeps:
                 self._hinted = False
-            for first in range(0, len(due), _CHUNK):
-                await self._look(due[first : first + _CHUNK])
+            took = [await self._look(due[first : first + _CHUNK]) for first in range(0, len(due), _CHUNK)]
             if sweeps:
-                self._not_before = now + max(self._poll / 2, _SHARE * (time.monotonic() - now))
+                self._not_before = now + max(self._poll / 2, _SHARE * sum(took))
             for one in due:
                 if one.look_at:
                     self._put(
@@ -126,15 +125,19 @@ class Looks:
                 found.append(one)
         return found
 
-    async def _look(self, some: list[Looked]) -> None:
+    async def _look(self, some: list[Looked]) -> float:
+        """Wake those that do not hold. The seconds that the looks took, without those of heals in between."""
         begun = time.monotonic()
         held = [(one, one.held) for one in some if one.held is not None and not one.busy]
 
-        def look() -> list[Looked]:
-            return [one for one, each in held if not _holds(each)]
+        def look() -> tuple[list[Looked], float]:
+            since = time.monotonic()
+            return [one for one, each in held if not _holds(each)], time.monotonic() - since
 
-        for one in await self._workers.run(look):
+        lost, took = await self._workers.run(look)
+        for one in lost:
             one.wake(deep=True, since=begun)
+        return took
 
     async def _rest(self) -> None:
         """Until something is due."""

@@ -128,3 +128,4 @@ class Workers:
             self._waiting.put(None)
         for thread in threads:
             thread.join()
+        self._tell()
