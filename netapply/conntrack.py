@@ -2,7 +2,8 @@
 
 NAT is decided with a flow's first packet and kept with it. Who forgets the flow makes its next packet a first one. For
 UDP that is all: the next query goes where the new rules say. A TCP connection loses its proxy or stays without one,
-as its next packet opens nothing: one that was captured ends, and its client connects anew.
+as its next packet opens nothing: one that NAT had captured ends, and its client connects anew. TPROXY keeps nothing
+here: its connections stay with their proxy.
 
 What is compared are the decisions of the rules before and after, not what became of the flow: others may have
 translated it, and that is none of our business.

@@ -16,8 +16,9 @@ from netapply.backend import BUILT_IN
 from netapply.conformance.conntrack import entries
 from netapply.lab import ADDRESSES, Lab, dns
 from netapply.lab.actors import Actor
+from netapply.lab.flows import APP_PORT
 from netapply.lab.services import ask
-from netapply.plan import CapturePlan, Dns, Outbound, OutboundPorts
+from netapply.plan import CapturePlan, Dns, Inbound, InboundMode, InboundPorts, Outbound, OutboundPorts
 from netapply.ruleset import FAMILIES, Family, PortRange
 from tests.netns import Netns
 
@@ -75,6 +76,32 @@ async def test_a_connection_that_is_no_longer_captured_ends_and_others_stay(back
                 assert 80 in ports
                 assert b"15001" in await asyncio.wait_for(ask(first), 2)
                 assert not capture.apply(plan, flush=True).notes
+
+
+@each_backend
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("captured", [True, False])
+async def test_an_inbound_connection_ends_only_where_nat_had_captured_it(
+    backend: str, mode: InboundMode, family: Family, captured: bool
+) -> None:
+    """TPROXY keeps nothing in connection tracking, so its connections stay; so do those that nobody captured."""
+    spared = InboundPorts(exclude=(PortRange(APP_PORT, APP_PORT),))
+    plans = [CapturePlan(inbound=Inbound(mode, ports)) for ports in (spared, InboundPorts())]
+    async with Lab() as lab:
+        with netapply.open(lab.pod.path) as capture:
+            capture.apply(plans[captured], backend=backend)
+            inbound = await lab.actor("remote").connect((ADDRESSES[family].pod, APP_PORT))
+            outbound = await lab.actor("app").connect((ADDRESSES[family].remote, 80))
+            with inbound, outbound:
+                assert "connection tracking forgot 1 flows" in capture.apply(plans[not captured], flush=True).notes
+                assert b"15001" in await asyncio.wait_for(ask(outbound), 2)
+                if captured and mode == "redirect":
+                    with pytest.raises(ConnectionResetError):
+                        await asyncio.wait_for(ask(inbound), 2)
+                else:
+                    answer = await asyncio.wait_for(ask(inbound), 2)
+                    assert (b"15006" in answer) == captured
 
 
 def test_the_command_tells_it(netns: Netns, tmp_path: Path) -> None:
