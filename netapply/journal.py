@@ -36,6 +36,8 @@ _MEMORY = "journal"
 _KEPT = "journal files"
 
 _PIECE = 1 << 20
+#: What comes behind all that an entry says: by whom and when it was written.
+_WRITTEN = ',"pid":'
 _json = json.JSONEncoder(default=hexed, separators=(",", ":"))
 
 
@@ -411,7 +413,7 @@ def _encode(entry: Entry) -> bytes:
     states = f'"before":{_state_text(before)},"desired":{_state_text(desired)},"number":{number}'
     if leaving:
         states += f',"leaving":{_json.encode(leaving)}'
-    text = f'{head},{states},"pid":{os.getpid()},"time":{time.time():.3f}}}'.encode()
+    text = f'{head},{states}{_WRITTEN}{os.getpid()},"time":{time.time():.3f}}}'.encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
@@ -441,20 +443,27 @@ def _decode(data: bytes, name: str, *, pending: bool) -> Entry | None:
     try:
         if int(checksum, 16) != zlib.crc32(text):
             raise ValueError("the checksum does not agree")
-        body: Any = json.loads(text)
-        if body["format"] != FORMAT:
-            raise ValueError(f"format {body['format']} is not ours")
-        if body["boot"] != _boot():
-            return None
-        backend, layout, fingerprint = words = [body[key] for key in ("backend", "layout", "fingerprint")]
-        number, leaving, created = body.get("number", 0), body.get("leaving", ""), routing_from_json(body["created"])
-        if not all(isinstance(word, str) for word in (*words, leaving)) or type(number) is not int or number < 0:
-            raise ValueError("a field of another type")
-        before, desired = _state(body["before"]), _state(body["desired"])
-        hash((before, desired, created))  # what is there in the place of a value, at whatever depth, is a list
+        entry = _decoded(text.rpartition(_WRITTEN.encode())[0] + b"}")
     except (ValueError, KeyError, TypeError, RecursionError, DecodeError) as error:
         raise JournalError(f"journal {name} cannot be trusted: {error}") from error
-    return Entry(pending, backend, before, desired, created, layout, fingerprint, number, leaving)
+    return entry and entry._replace(pending=pending)
+
+
+@lru_cache(8)
+def _decoded(text: bytes) -> Entry | None:
+    """What is written without by whom and when: the same of many namespaces, so that a start reads it once."""
+    body: Any = json.loads(text)
+    if body["format"] != FORMAT:
+        raise ValueError(f"format {body['format']} is not ours")
+    if body["boot"] != _boot():
+        return None
+    backend, layout, fingerprint = words = [body[key] for key in ("backend", "layout", "fingerprint")]
+    number, leaving, created = body.get("number", 0), body.get("leaving", ""), routing_from_json(body["created"])
+    if not all(isinstance(word, str) for word in (*words, leaving)) or type(number) is not int or number < 0:
+        raise ValueError("a field of another type")
+    before, desired = _state(body["before"]), _state(body["desired"])
+    hash((before, desired, created))  # what is there in the place of a value, at whatever depth, is a list
+    return Entry(False, backend, before, desired, created, layout, fingerprint, number, leaving)
 
 
 def _state(raw: Any) -> State:
