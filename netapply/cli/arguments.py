@@ -152,7 +152,7 @@ def _agent(parser: argparse.ArgumentParser) -> None:
     add("--owned", choices=("auto", "never"), default="never", help="native tables that nobody else can change")
     add("--poll", type=words.seconds, default=1.0, metavar="SECONDS", help="looks where the kernel tells nothing")
     add("--looks", type=float, default=40.0, metavar="N", help="of these at most so many a second, all together")
-    add("--concurrency", type=int, default=0, metavar="N", help="worker threads; as many as serve by default")
+    add("--concurrency", type=int, default=0, metavar="N", help="worker threads at most; as many as serve by default")
     add("--lock-timeout", type=words.seconds, default=2.0, metavar="SECONDS", help="default 2")
     add("--log", choices=("auto", "json", "text"), default="auto", help="text on a terminal, else JSON")
 
