@@ -40,6 +40,7 @@ from netapply_wire.expressions import (
     NFT_CMP_LTE,
     NFT_CMP_NEQ,
     NFT_GOTO,
+    NFT_META_L4PROTO,
     NFT_META_OIFNAME,
     NFT_RETURN,
     bitwise,
@@ -266,6 +267,7 @@ def test_every_interface_and_none_are_spelled_as_iptables_does(
 
 OIF = meta(NFT_META_OIFNAME) + cmp(NFT_CMP_EQ, b"lo\0")
 DADDR = payload(1, 16, 4)
+PROTOCOL = meta(NFT_META_L4PROTO)
 RETURN = verdict(NFT_RETURN)
 
 
@@ -287,13 +289,17 @@ RETURN = verdict(NFT_RETURN)
         payload(1, 8, 1) + cmp(NFT_CMP_EQ, b"\5") + counter() + RETURN,
         expression("limit", u64(1, 5), u64(2, 60), u32(3, 5), u32(4, 1), u32(5, 0)) + counter() + RETURN,
         expression("limit", u64(1, 5), u64(2, 60), u32(3, 5), u32(4, 0), u32(5, 1)) + counter() + RETURN,
+        expression("limit", u64(1, 600_001), u64(2, 60), u32(3, 5), u32(4, 0), u32(5, 0)) + counter() + RETURN,
+        payload(2, 2, 2) + cmp(NFT_CMP_EQ, b"\0\x50") + counter() + RETURN,
+        PROTOCOL + cmp(NFT_CMP_EQ, b"\x3a") + payload(2, 2, 2) + cmp(NFT_CMP_EQ, b"\0\x50") + counter() + RETURN,
         counter() + verdict(NFT_GOTO, "NETAPPLY_OUTPUT"),
         counter() + target("REDIRECT", 1, bytes(24)),
     ],
     ids=[
         "no counter", "two counters", "no statement", "match after statement", "a field twice", "load without compare",
         "load over a load", "two interfaces", "not no interface", "xor", "a mask with holes", "less than",
-        "another field", "bytes a minute", "over a limit", "goto", "another revision",
+        "another field", "bytes a minute", "over a limit", "a limit that iptables cannot say", "ports of no protocol",
+        "ports of icmpv6", "goto", "another revision",
     ],
 )  # fmt: skip
 def test_what_we_would_not_write_is_not_read_as_ours(expressions: bytes) -> None:

@@ -59,7 +59,7 @@ from netapply_wire.expressions import (
     parse_expressions,
 )
 from netapply_wire.nfnetlink import number, parse_attributes, text
-from netapply_wire.xtables import Extension, decode_comment, decode_match, decode_target
+from netapply_wire.xtables import PER_MINUTE, Extension, decode_comment, decode_match, decode_target
 
 #: Indices of sets, and their names.
 SetNames: TypeAlias = tuple[tuple[int, str], ...]
@@ -67,6 +67,9 @@ Field: TypeAlias = Literal["in", "out", "src", "dst", "protocol", "mark", "sport
 
 #: The canonical order of what lives in the ip header (`in` and `out`, addresses, protocol); the rest keeps its own.
 _HEADER_ORDER: dict[Field, int] = {"in": 0, "out": 1, "src": 2, "dst": 3, "protocol": 4}
+_TCP, _UDP = ProtocolMatch(6), ProtocolMatch(17)
+#: What only packets of these protocols have.
+_PROTOCOLS_OF: dict[type[Match], tuple[ProtocolMatch, ...]] = {PortMatch: (_TCP, _UDP), SynMatch: (_TCP,)}
 _META: dict[int, Field] = {
     NFT_META_IIFNAME: "in",
     NFT_META_OIFNAME: "out",
@@ -138,6 +141,10 @@ class _Reader:
     def decoded(self) -> Decoded:
         if self._statement is None or self._load is not None or not self._counted:
             raise DecodeError("a rule without a counter and a statement: not one of ours")
+        protocol = self._header.get("protocol")
+        for each in self._matches:
+            if protocol not in _PROTOCOLS_OF.get(type(each), (protocol,)):
+                raise DecodeError("a match in a rule of another protocol: not one of ours")
         header = [self._header[field] for field in sorted(self._header, key=_HEADER_ORDER.__getitem__)]
         return Decoded(Rule((*header, *self._matches), self._statement, comment=self._comment), self._native)
 
@@ -230,7 +237,7 @@ class _Reader:
     def limit(self, each: Expression) -> None:
         rate, unit = each.number(1), each.number(2)
         a_minute, rest = divmod(rate * 60, unit or 1)
-        if rest or not unit or not a_minute or each.number(4) != NFT_LIMIT_PKTS or each.number(5):
+        if rest or not unit or not 0 < a_minute <= PER_MINUTE or each.number(4) != NFT_LIMIT_PKTS or each.number(5):
             raise _foreign(each)
         self._matches.append(LimitMatch(a_minute, each.number(3)))
 
