@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TypeAlias
 
+from netapply.errors import DecodeError
 from netapply.kernel import Kernel
 from netapply.ruleset import Family
 from netapply.values import NamedTuple
@@ -170,8 +171,10 @@ def tables_of(dumped: Dumped) -> Mapping[TableKey, TableState]:
 
 
 def _rule_state(found: Mapping[int, bytes]) -> RuleState:
-    handle = number(found[NFTA_RULE_HANDLE])
-    return RuleState(handle, found.get(NFTA_RULE_EXPRESSIONS, b""), found.get(NFTA_RULE_USERDATA, b""))
+    handle = found[NFTA_RULE_HANDLE]
+    if len(handle) != 8:
+        raise DecodeError(f"a rule's handle of {len(handle)} bytes")
+    return RuleState(number(handle), found.get(NFTA_RULE_EXPRESSIONS, b""), found.get(NFTA_RULE_USERDATA, b""))
 
 
 def _chain_state(name: str, chain: Message, rules: tuple[RuleState, ...]) -> ChainState:
