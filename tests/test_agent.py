@@ -248,6 +248,19 @@ async def test_an_apply_that_is_confirmed_stays(tmp_path: Path, netns: Netns) ->
         assert standing(netns.path, "nftables")
 
 
+async def test_what_is_tried_again_has_more_time_and_goes_back_all_the_same(tmp_path: Path, netns: Netns) -> None:
+    async with running(tmp_path) as (agent, record):
+        await agent.apply(netns.path, SIDECAR)
+        before = standing(netns.path, "nftables")
+        await agent.apply(netns.path, OTHER, confirm_within=0.5)
+        await agent.apply(netns.path, OTHER, confirm_within=60)
+        await asyncio.sleep(0.7)
+        assert not record.all("unconfirmed")
+        assert agent.status()[0].confirm_by
+        agent.extend(netns.path, 0.1)
+        await until(lambda: standing(netns.path, "nftables") == before)
+
+
 async def test_what_was_asked_for_outlasts_the_agent(tmp_path: Path, named_netns: Netns) -> None:
     async with running(tmp_path) as (agent, _):
         await agent.apply(named_netns.name, SIDECAR)

@@ -162,8 +162,9 @@ class Agent:
             raise
         self._desired.requests[keeper.place.key] = Request(keeper.place, keeper.labels, wanted)
         then = wanted._replace(plan=meant, fingerprint=fingerprint(meant)) if meant is not None else None
-        # As without an agent: what stood before needs no trial.
-        waits = result.changed or plan.activation != "now" or then is not None
+        # As without an agent: what stood before needs no trial, unless it is on one, which then has more time.
+        on_trial = keeper.place.key in self._trials.before
+        waits = result.changed or plan.activation != "now" or then is not None or on_trial
         self._try_out(keeper, Before(before, result.changed), confirm_within if waits else 0.0, then)
         self._names.watch_for(keeper)
         await self._save()

@@ -41,8 +41,9 @@ def apply(
     arguments: Arguments,
     plan: CapturePlan,
     proof: Callable[[CapturePlan], None] | None = None,
-) -> tuple[Result, tuple[str, ...]]:
-    """Have the agent apply a plan, and keep it; with what is said of the logins that a trial leaves alone.
+) -> tuple[Result, tuple[str, ...], bool]:
+    """Have the agent apply a plan, and keep it; with what is said of the logins that a trial leaves alone, and whether
+    it is on trial.
 
     With `proof`, which is called here when all stands, with the plan that does, and raises where connections do not go
     where they should, only then: until it is through the plan is on trial. Raises NetapplyError.
@@ -65,12 +66,13 @@ def apply(
     with _named(arguments) as (name, fd):
         body = json.dumps(dump_plan(plan)).encode()
         result = result_of(agent.ask("PUT", f"/v1/namespaces/{name}{_query(arguments, words)}", body, fd=fd))
+        # Not told by the result: what stood already may be on trial since before.
+        on_trial = bool(seconds) and bool(agent.ask("GET", "/v1/namespaces/fd", fd=fd)["namespace"]["confirm_by"])
         if proof:
-            on_trial = result.changed or tried != plan
             _prove(agent, f"/v1/namespaces/{name}", fd, lambda: proof(tried), on_trial=on_trial)
             if on_trial and not arguments.confirm:
                 agent.ask("POST", f"/v1/namespaces/{name}/confirm", fd=fd)
-    return result, tuple(map(told_of, logins))
+    return result, tuple(map(told_of, logins)), on_trial
 
 
 def _logins(arguments: Arguments) -> tuple[Login, ...]:
