@@ -121,10 +121,10 @@ def refuse(agent: client.Client, arguments: Arguments) -> None:
     """Raise NetapplyError where the agent keeps the namespace: it would put its own plan back."""
     with _named(arguments) as (_, fd):
         if _keeps(agent, fd):
-            raise NetapplyError(
-                "the agent keeps this namespace, and would put its plan back",
-                next_step="netapply apply the earlier plan, which the agent then keeps; or --alone, if you mean it",
-            )
+            step = "netapply apply the earlier plan, which the agent then keeps; or --alone, if you mean it"
+            if arguments.command == "migrate":
+                step = "add --alone; then netapply apply PLAN --backend NAME, so that the agent keeps what stands"
+            raise NetapplyError("the agent keeps this namespace, and would put its plan back", next_step=step)
 
 
 def confirm(agent: client.Client, arguments: Arguments) -> None:
