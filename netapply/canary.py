@@ -76,7 +76,8 @@ def prove(namespace: Namespace, plan: CapturePlan) -> tuple[Canary, ...]:
     if wrong:
         raise ValidationError(
             f"{len(wrong)} of {len(sent)} connections did not go where the plan says: " + "; ".join(wrong),
-            next_step="netapply verify PLAN tells which rules differ, netapply explain which rule decides",
+            next_step="netapply verify PLAN tells which rules of ours differ, netapply explain which one decides, and "
+            "netapply show --all whether somebody else's come first",
         )
     return sent
 

@@ -271,7 +271,7 @@ def rollback(
         if past.desired.ruleset is not None and (others := [name for name in held if name != past.backend]):
             raise ConflictError(
                 f"that state was held by {past.backend}, and {', '.join(others)} holds ours now",
-                next_step=f"netapply migrate --to {past.backend}, and then again",
+                next_step=f"netapply migrate PLAN --to {past.backend}, with the plan that stood then",
             )
         known = session.entry.created if session.entry else Routing()
         transaction = Transaction(namespace, find_backend(past.backend), owned, session.files)

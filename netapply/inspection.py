@@ -46,7 +46,8 @@ def verify(
     finally:
         files.close()
     if entry is not None and entry.pending:
-        raise NetapplyError("a run was interrupted here", next_step="`netapply apply` or `clean` finishes or undoes it")
+        step = "netapply recover finishes or undoes it, as apply and clean do"
+        raise NetapplyError("a run was interrupted here", next_step=step)
     if entry is None or entry.desired.ruleset is None:
         raise NetapplyError(
             "nothing was applied to this namespace that the journal knows of",

@@ -86,6 +86,10 @@ class Journal:
         #: Whether somebody asked for this directory. If not, and it cannot be written, apply does without a journal.
         self.chosen = self.directory != DEFAULT_DIRECTORY
 
+    def seems_on_trial(self, identity: NamespaceId) -> bool:
+        """Whether something waits to be confirmed there (`netapply.trial`): a look without the lock."""
+        return os.path.exists(os.path.join(self.directory, f"{_name(identity)}.trial"))
+
     def acquire(self, identity: NamespaceId, timeout: float, memory: dict[str, object] | None = None) -> Files:
         """The files of one namespace, to nobody else until they are closed. Raises JournalError, LockError.
 
@@ -298,6 +302,7 @@ class Files:
 
     def forget(self) -> None:
         """Nothing of ours is left in the namespace: neither are its files."""
+        self._unlink(f"{self._name}.trial")  # numbers begin anew, and what was on trial had one (netapply.trial)
         for number in range(min(self._former.number, KEPT) if self._former else KEPT):
             self._unlink(f"{self._name}.{number}")
         self._former = None

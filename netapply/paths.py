@@ -27,6 +27,10 @@ def open_private_directory(path: str, *, create: bool = True) -> int:
             raise
         _make(place)
         fd = open_path(place, _DIRECTORY)
+    except NotADirectoryError:
+        if not os.path.islink(place):
+            raise
+        raise OSError(errno.ELOOP, "is a symbolic link; name the directory that it leads to") from None
     status = os.fstat(fd)
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
         os.close(fd)

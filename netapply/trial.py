@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 from netapply import core, history
 from netapply.api import Capture
 from netapply.errors import ConflictError, JournalError, NamespaceError, NetapplyError
-from netapply.journal import Files
+from netapply.journal import KEPT, Files
 from netapply.logins import find_logins, spare, told_of
 from netapply.plan import CapturePlan
 from netapply.recovery import recover
@@ -49,10 +49,14 @@ class Meant(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What is on trial: the number of the state, and until when (CLOCK_BOOTTIME, in seconds)."""
+    """What is on trial: the number of the state, and until when (CLOCK_BOOTTIME, in seconds).
+
+    `before` is the number of the state that comes back: -1 where there was none.
+    """
 
     number: int
     until: float
+    before: int
     #: None: what stands.
     meant: Meant | None = None
 
@@ -60,9 +64,11 @@ class Trial(NamedTuple):
 class Waiter:
     """The process that waits, and the pipe by which it is told. Before `wait` or `dismiss` it knows of no trial."""
 
-    def __init__(self, pipe: int, before: int) -> None:
+    def __init__(self, pipe: int, stood: int, before: int) -> None:
         self._pipe = pipe
-        #: The state that stood before, -1 where there was none.
+        #: The state that stood when it began, -1 where there was none.
+        self.stood = stood
+        #: The state that comes back: another one where that one was on trial, too, and confirmed by nobody.
         self.before = before
         #: What there is to say of what stands on trial in the place of what is meant.
         self.said: tuple[str, ...] = ()
@@ -84,12 +90,14 @@ class Waiter:
         """Put what stands on trial; None where it is what was before. Raises JournalError."""
         with _files(capture) as files:
             entry = files.load()
-            if entry is None or files.number == self.before:
+            changed = entry is not None and files.number != self.stood
+            if not changed and _read(files, capture) is None:
                 self.dismiss()
                 return None
-            trial = Trial(files.number, _now() + seconds, self._meant)
+            trial = Trial(files.number, _now() + seconds, self.before, self._meant)
             _write(files, capture, trial)
-        self._tell({"number": trial.number})
+        # Who puts on trial what is on trial gives it more time, and who waits for that goes on.
+        self._tell({"number": trial.number if changed else None})
         return trial
 
     def dismiss(self) -> None:
@@ -106,20 +114,22 @@ def start(opener: Opener) -> Waiter:
     with opener() as capture:
         recover(capture.namespace, journal=capture.journal)  # so that the state that stands is a known one
         with _files(capture) as files:
-            before = files.number if files.load() is not None else -1
+            stood = files.number if files.load() is not None else -1
+            earlier = _read(files, capture)
+            before = stood if earlier is None else earlier.before
         identity = history.identity_of(capture.namespace.identity)
     reading, writing = os.pipe()
     child = os.fork()
     if child:
         os.close(reading)
         os.waitpid(child, 0)
-        return Waiter(writing, before)
+        return Waiter(writing, stood, before)
     try:
         os.close(writing)
         os.setsid()
         if os.fork() == 0:
             _detach(keep=reading)
-            _watch(opener, reading, before, identity)
+            _watch(opener, reading, stood, before, identity)
     finally:
         os._exit(0)
 
@@ -149,6 +159,15 @@ def confirm(capture: Capture) -> bool:
     return True
 
 
+def keep(capture: Capture) -> bool:
+    """Keep what stands, and nothing else in its place; False where nothing is on trial. Raises NetapplyError."""
+    with _files(capture) as files:
+        trial = _read(files, capture)
+        if trial is not None:
+            os.unlink(_name(capture), dir_fd=files.directory)
+        return trial is not None
+
+
 def _put_in_place(capture: Capture, meant: Meant, number: int) -> None:
     from netapply.planfile import fingerprint, load_plan
 
@@ -175,20 +194,20 @@ def extend(capture: Capture, seconds: float) -> bool:
         return True
 
 
-def _watch(opener: Opener, pipe: int, before: int, identity: str) -> None:
+def _watch(opener: Opener, pipe: int, stood: int, before: int, identity: str) -> None:
     told = os.read(pipe, 4096)
     os.close(pipe)
     if told and json.loads(told)["number"] is None:
         return
-    number: int | None = json.loads(told)["number"] if told else None
-    failed, due = 0, number is None
+    number: int = json.loads(told)["number"] if told else stood + 1
+    failed, due = 0, not told
     while failed < ATTEMPTS:
         try:
             with opener() as capture:
                 if history.identity_of(capture.namespace.identity) != identity:
                     return  # it is gone, and another has its name
-                if due := due or _is_over(capture, number or 0):
-                    _go_back(capture, before, number)
+                if due := due or _is_over(capture, number):
+                    _go_back(capture, number, before)
                     return
         except (_Ended, NamespaceError, ConflictError):
             return
@@ -212,14 +231,14 @@ def _is_over(capture: Capture, number: int) -> bool:
         return over
 
 
-def _go_back(capture: Capture, before: int, number: int | None) -> None:
+def _go_back(capture: Capture, number: int, before: int) -> None:
     """Go back if the state is the one on trial: who applied something else meanwhile meant that."""
     recover(capture.namespace, journal=capture.journal)
     with _files(capture) as files:
         stands = files.number if files.load() is not None else -1
-    on_trial = before + 1 if number is None else number
-    if stands == on_trial:
-        core.rollback(capture.namespace, journal=capture.journal, state=on_trial, reason="nobody confirmed in time")
+    if stands == number:
+        back = number - before if before < 0 else min(number - before, KEPT)
+        core.rollback(capture.namespace, back, journal=capture.journal, state=number, reason="nobody confirmed in time")
 
 
 def _detach(keep: int) -> None:
@@ -263,7 +282,7 @@ def _told(files: Files, capture: Capture) -> Trial | None:
             try:
                 body = json.load(file)
                 meant = Meant(**body["meant"]) if body.get("meant") else None
-                return Trial(int(body["number"]), float(body["until"]), meant)
+                return Trial(int(body["number"]), float(body["until"]), int(body["before"]), meant)
             except (ValueError, KeyError, TypeError) as error:
                 raise JournalError(
                     f"{_name(capture)} cannot be trusted: {error}", next_step="remove it, and apply what you want"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -246,6 +247,36 @@ async def test_an_apply_that_is_confirmed_stays(tmp_path: Path, netns: Netns) ->
         await asyncio.sleep(0.3)
         assert not record.all("unconfirmed")
         assert standing(netns.path, "nftables")
+
+
+async def test_what_is_tried_again_has_more_time_and_goes_back_all_the_same(tmp_path: Path, netns: Netns) -> None:
+    async with running(tmp_path) as (agent, record):
+        await agent.apply(netns.path, SIDECAR)
+        before = standing(netns.path, "nftables")
+        await agent.apply(netns.path, OTHER, confirm_within=0.5)
+        await agent.apply(netns.path, OTHER, confirm_within=60)
+        await asyncio.sleep(0.7)
+        assert not record.all("unconfirmed")
+        assert agent.status()[0].confirm_by
+        agent.extend(netns.path, 0.1)
+        await until(lambda: standing(netns.path, "nftables") == before)
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_what_cannot_be_kept_is_not_in_force(tmp_path: Path, netns: Netns, *, first: bool) -> None:
+    """The state directory cannot be written: the apply fails, and what was before stands."""
+    async with running(tmp_path) as (agent, _):
+        if not first:
+            await agent.apply(netns.path, SIDECAR)
+        before, state = standing(netns.path, "nftables"), agent.config.state
+        os.chmod(state, 0o755)  # not ours alone, so that it is not written
+        with pytest.raises(NetapplyError, match="cannot be written"):
+            await agent.apply(netns.path, OTHER, confirm_within=60)
+        assert standing(netns.path, "nftables") == before
+        assert [each.confirm_by for each in agent.status()] == ([] if first else [0.0])
+        os.chmod(state, 0o700)
+        await agent.apply(netns.path, OTHER)
+        assert standing(netns.path, "nftables") != before
 
 
 async def test_what_was_asked_for_outlasts_the_agent(tmp_path: Path, named_netns: Netns) -> None:

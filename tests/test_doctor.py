@@ -329,6 +329,16 @@ def test_a_clock_before_the_program_was_made_is_trouble(sight: Sight, monkeypatc
     assert only(of_machine.clock, sight).result == "trouble"
 
 
+def test_the_journal_is_the_one_that_was_named(netns: Netns, tmp_path: Path) -> None:
+    named = tmp_path / "named"
+    named.mkdir(mode=0o777)
+    named.chmod(0o777)
+    with open_capture(netns.path, state_directory=str(named)) as capture:
+        found = only(of_machine.journal, Sight(capture))
+    assert found.result == "trouble"
+    assert str(named) in found.evidence
+
+
 def test_a_journal_that_others_may_write_is_trouble(root: Root, sight: Sight) -> None:
     place = root.path / "run/netapply"
     place.mkdir(parents=True, mode=0o700)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from netapply import history
+from netapply.cli import main
 from netapply.errors import JournalError
 from netapply.history import Event
 from netapply.journal import Journal
@@ -115,3 +116,16 @@ def test_a_file_that_cannot_be_read_is_an_error_of_ours(files: Any, tmp_path: Pa
 
 def _all(files: Any) -> tuple[Event, ...]:
     return history.events(Journal(os.readlink(f"/proc/self/fd/{files.directory}")))
+
+
+def test_a_namespace_that_is_gone_is_told_by_the_name_that_it_had(
+    files: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(files, "netapply-test-gone", 1)
+    write(files, "another", 1)
+    assert main(["history", "-N", "netapply-test-gone", "--state-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "netapply-test-gone" in said
+    assert "another" not in said
+    assert main(["history", "-N", "netapply-test-never", "--state-dir", str(tmp_path)]) == 1
+    assert "does not exist" in capsys.readouterr().err

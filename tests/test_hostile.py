@@ -74,7 +74,8 @@ def test_a_state_directory_that_was_asked_for_must_be_usable(netns: Netns, tmp_p
         place.symlink_to(tmp_path)
     else:
         place.mkdir(mode=0o755)
-    with netapply.open(netns.path, state_directory=str(place)) as capture, pytest.raises(JournalError):
+    said = {"file": "Not a directory", "link": "is a symbolic link", "not private": "mode 0700"}[kind]
+    with netapply.open(netns.path, state_directory=str(place)) as capture, pytest.raises(JournalError, match=said):
         capture.apply(CapturePlan())
     assert netns.run("nft", "list", "ruleset") == ""
 

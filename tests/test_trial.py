@@ -107,6 +107,60 @@ def test_what_stands_already_is_not_on_trial(netns: Netns, tmp_path: Path) -> No
         assert ports(capture) == {15001}
 
 
+def test_who_applies_what_is_on_trial_for_good_keeps_it(netns: Netns, tmp_path: Path) -> None:
+    with netapply.open(netns.path) as capture:
+        run("apply", plan(tmp_path, "a", 15001), netns=netns)
+        run("apply", plan(tmp_path, "b", 16001), "--confirm", "3", netns=netns)
+        done = run("apply", plan(tmp_path, "b", 16001), netns=netns)
+        assert "not any more" in done.stdout + done.stderr
+        assert run("confirm", netns=netns).returncode == 1
+        time.sleep(4.5)
+        assert ports(capture) == {16001}
+
+
+def test_who_tries_again_what_is_on_trial_gives_it_more_time(netns: Netns, tmp_path: Path) -> None:
+    with netapply.open(netns.path) as capture:
+        run("apply", plan(tmp_path, "a", 15001), netns=netns)
+        run("apply", plan(tmp_path, "b", 16001), "--confirm", "3", netns=netns)
+        done = run("apply", plan(tmp_path, "b", 16001), "--confirm", "60", netns=netns)
+        assert "on trial for 60 s" in done.stdout + done.stderr
+        time.sleep(4.5)
+        assert ports(capture) == {16001}
+        assert run("extend", "0.1", netns=netns).returncode == 0
+        until(capture, {15001})
+
+
+def test_of_two_trials_that_nobody_confirms_none_is_left(netns: Netns, tmp_path: Path) -> None:
+    with netapply.open(netns.path) as capture:
+        run("apply", plan(tmp_path, "a", 15001), netns=netns)
+        run("apply", plan(tmp_path, "b", 16001), "--confirm", "60", netns=netns)
+        run("apply", plan(tmp_path, "c", 17001), "--confirm", "1", netns=netns)
+        until(capture, {15001})
+        time.sleep(1)
+        assert ports(capture) == {15001}
+        assert run("confirm", netns=netns).returncode == 1
+
+
+def test_what_is_applied_after_a_clean_is_not_on_trial(netns: Netns, tmp_path: Path) -> None:
+    """Numbers begin anew then; the waiter looks four times a second, and two commands are through in less."""
+    with netapply.open(netns.path) as capture:
+        run("apply", plan(tmp_path, "a", 15001), "--confirm", "2", netns=netns)
+        capture.clean()
+        capture.apply(CapturePlan())
+        time.sleep(3.5)
+        assert capture.verify().same
+
+
+@pytest.mark.parametrize("words", [("apply", "PLAN", "--confirm", "0"), ("extend", "0")])
+def test_no_time_at_all_is_refused(netns: Netns, tmp_path: Path, words: tuple[str, ...]) -> None:
+    here = plan(tmp_path, "a", 15001)
+    done = run(*(here if word == "PLAN" else word for word in words), netns=netns)
+    assert done.returncode == 1
+    assert "is not a number of seconds" in done.stderr
+    with netapply.open(netns.path) as capture:
+        assert ports(capture) == set()
+
+
 def test_it_goes_back_when_the_terminal_ends(netns: Netns, tmp_path: Path) -> None:
     """The caller's whole session is hung up and killed; the waiter is in another."""
     name = plan(tmp_path, "a", 15001)
@@ -194,7 +248,7 @@ def test_of_a_request_and_the_end_of_the_time_exactly_one_is_first(
             with trial._files(one) as files:
                 assert files.load() is not None
                 number = files.number
-                trial._write(files, one, trial.Trial(number, trial._now()))
+                trial._write(files, one, trial.Trial(number, trial._now(), number - 1))
             barrier = threading.Barrier(2)
 
             def ask(at: int = at, barrier: threading.Barrier = barrier) -> bool:

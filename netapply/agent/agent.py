@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -86,7 +87,7 @@ class Agent:
             self._loop.add_reader(self._lock_file.fileno(), self._lock_file_closed)
             self._names.read()
             self.looks.spread()
-            for work in (self._go_round(), self.looks.run(), self._save()):
+            for work in (self._go_round(), self.looks.run(), self._write_down()):
                 self._spawn(work)
         except BaseException:
             await self._close()
@@ -162,11 +163,21 @@ class Agent:
             raise
         self._desired.requests[keeper.place.key] = Request(keeper.place, keeper.labels, wanted)
         then = wanted._replace(plan=meant, fingerprint=fingerprint(meant)) if meant is not None else None
-        # As without an agent: what stood before needs no trial.
-        waits = result.changed or plan.activation != "now" or then is not None
+        # As without an agent: what stood before needs no trial, unless it is on one, which then has more time.
+        earlier, until = self._trials.of(keeper.place.key), keeper.confirm_by
+        waits = result.changed or plan.activation != "now" or then is not None or earlier is not None
         self._try_out(keeper, Before(before, result.changed), confirm_within if waits else 0.0, then)
         self._names.watch_for(keeper)
-        await self._save()
+        try:
+            await self._save()
+        except NetapplyError:  # a wish that the next start would not know of is none: as where the kernel refuses it
+            self._trials.end(keeper.place.key)
+            with suppress(NetapplyError):
+                await self._bring_back(keeper, Before(before, result.changed))
+            if earlier is not None:
+                self._trials.resume(keeper.place.key, earlier)
+                keeper.confirm_by = until
+            raise
         return result
 
     def _try_out(self, keeper: Keeper, before: Before, seconds: float, meant: Wanted | None) -> None:
@@ -390,7 +401,7 @@ class Agent:
         self._read_files()
         self._names.watch()
         self._resolve()
-        self._spawn(self._save())
+        self._spawn(self._write_down())
 
     def _resolve(self) -> None:
         """Give every keeper its wish: new ones to new namespaces, none to those that nothing speaks of any more."""
@@ -423,6 +434,13 @@ class Agent:
                 upto, kept = self._changed, self._desired.kept(self._trials.before)
                 await self.workers.run(lambda: store.save(self.config.state, kept))
                 self._saved = upto
+
+    async def _write_down(self) -> None:
+        """The same where nobody waits for it."""
+        try:
+            await self._save()
+        except NetapplyError as error:
+            _log.error("desired state was not written", reason=str(error), next_step=error.next_step)
 
     # --- again and again -------------------------------------------------------------------------------------
 

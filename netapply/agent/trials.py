@@ -39,6 +39,10 @@ class Trials:
         earlier = self.end(key)
         self._wait(key, earlier.before if earlier else before, meant, _now() + seconds)
 
+    def of(self, key: str) -> Trial | None:
+        """What waits; None where nothing does."""
+        return self._waiting.get(key)
+
     def extend(self, key: str, seconds: float) -> bool:
         """Wait for so long from now; False where nothing waits."""
         trial = self.end(key)

@@ -1,7 +1,7 @@
 """The command. `main` parses, runs one command, prints its outcome or its error, and returns the exit code.
 
 Exit codes: 0 done; 1 error, bad input included; 2 `diff` found changes; 3 `verify` found drift; 126 a connection
-did not go where the plan says (`--probe`).
+did not go where the plan says (`--probe`); 130 interrupted by SIGINT.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from netapply.errors import NetapplyError
 if TYPE_CHECKING:
     from netapply.cli.arguments import UsageError
 
+_AFTERWARDS = "netapply verify tells what stands; a run that had not ended was rolled back"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -29,6 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
+    try:
+        return _begin(words)
+    except KeyboardInterrupt:  # while what a command needs is read in, which takes as long as a short one
+        sys.stderr.write(f"netapply: interrupted\n  next: {_AFTERWARDS}\n")
+        return 130
+
+
+def _begin(words: Sequence[str]) -> int:
     if words[:1] in (["istio-iptables"], ["istio-clean-iptables"]):
         from netapply.cli import istio  # reads Istio's words itself: argparse takes half as long as a whole apply
 
@@ -58,12 +68,11 @@ def _main(argv: Sequence[str]) -> int:
         printer.error(arguments.command, error)
         return error.exit_code
     except OSError as error:  # a system call that should not fail, did
-        step = "netapply verify tells what stands; a run that had not ended was rolled back"
-        printer.error(arguments.command, NetapplyError(f"{_call(error)}: {error.strerror or error}", next_step=step))
+        what = f"{_call(error)}: {error.strerror or error}"
+        printer.error(arguments.command, NetapplyError(what, next_step=_AFTERWARDS))
         return 1
     except KeyboardInterrupt:
-        step = "netapply verify tells what stands; a run that had not ended was rolled back"
-        printer.error(arguments.command, NetapplyError("interrupted", next_step=step))
+        printer.error(arguments.command, NetapplyError("interrupted", next_step=_AFTERWARDS))
         return 130
     return code
 

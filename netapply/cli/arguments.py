@@ -12,7 +12,7 @@ from netapply.errors import NetapplyError
 SUMMARY = {
     "apply": "make a namespace hold a plan, or leave it as it was",
     "clean": "remove all that is ours, in every dialect, without a plan",
-    "recover": "finish or undo what a killed run left, as any other command does first",
+    "recover": "finish or undo what a killed run left, as any other that changes something does first",
     "rollback": "bring back the state before the last change, or an earlier one",
     "migrate": "from one dialect to another under traffic, each flow captured once all the while; back on any failure",
     "history": "who changed what, when and why, with the result; of one namespace or of all",
@@ -80,7 +80,7 @@ def build_parser(*, lean: bool = False) -> argparse.ArgumentParser:
         _looks(_command(commands, name))
     words.namespace(_command(commands, "confirm"))
     extend = _command(commands, "extend")
-    extend.add_argument("seconds", type=words.seconds, metavar="SECONDS")
+    extend.add_argument("seconds", type=words.some_seconds, metavar="SECONDS")
     words.namespace(extend)
     _imports(commands.add_parser("import", help=SUMMARY["import"], description=SUMMARY["import"]))
     demo = _command(commands, "demo")

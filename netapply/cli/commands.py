@@ -11,7 +11,7 @@ from netapply.api import Capture, open_capture
 from netapply.cli.output import Printer, print_result
 from netapply.cli.words import Arguments
 from netapply.errors import NetapplyError
-from netapply.results import Diff
+from netapply.results import Diff, Result
 
 if TYPE_CHECKING:
     from netapply.canary import Canary
@@ -47,17 +47,17 @@ def apply(arguments: Arguments, printer: Printer) -> int:
         if arguments.probe:
             with open_named(arguments) as capture:
                 proof = partial(_send, capture, canaries)
-                result, said = delegation.apply(agent, arguments, plan, proof)
+                result, said, waits = delegation.apply(agent, arguments, plan, proof)
         else:
-            result, said = delegation.apply(agent, arguments, plan)
+            result, said, waits = delegation.apply(agent, arguments, plan)
         if arguments.confirm:
-            waits = result.changed or bool(said)
             result = result._replace(notes=(*result.notes, _on_trial(arguments, waits=waits), *said))
     else:
         waiter = _waiter(arguments) if arguments.confirm else None
         with open_named(arguments) as capture:
             tried = plan if waiter is None else waiter.sparing(capture, plan, arguments.backend, arguments.layout)
-            result = capture.apply(
+            put = partial(
+                capture.apply,
                 tried,
                 backend=arguments.backend,
                 layout=arguments.layout,
@@ -66,6 +66,7 @@ def apply(arguments: Arguments, printer: Printer) -> int:
                 flush=arguments.flush_conntrack,
                 reason=arguments.reason,
             )
+            result = _kept(capture, put) if waiter is None else put()
             if waiter is not None:
                 waits = waiter.wait(capture, arguments.confirm) is not None
                 result = result._replace(notes=(*result.notes, _on_trial(arguments, waits=waits), *waiter.said))
@@ -79,6 +80,20 @@ def apply(arguments: Arguments, printer: Printer) -> int:
     for warning in warnings:
         printer.note(f"warning: {warning.path}: {warning.message}; {warning.advice}")
     return 0
+
+
+def _kept(capture: Capture, put: Callable[[], Result]) -> Result:
+    """Apply for good: what is on trial is not any more, also where it is this very plan."""
+    if not capture.journal.seems_on_trial(capture.namespace.identity):
+        return put()
+    from netapply import trial
+
+    result = put()
+    if result.changed:
+        return result
+    if not trial.keep(capture):  # it has gone back meanwhile
+        return put()
+    return result._replace(notes=(*result.notes, "this was on trial; it is not any more, and stays"))
 
 
 def _waiter(arguments: Arguments) -> Waiter:

@@ -41,8 +41,9 @@ def apply(
     arguments: Arguments,
     plan: CapturePlan,
     proof: Callable[[CapturePlan], None] | None = None,
-) -> tuple[Result, tuple[str, ...]]:
-    """Have the agent apply a plan, and keep it; with what is said of the logins that a trial leaves alone.
+) -> tuple[Result, tuple[str, ...], bool]:
+    """Have the agent apply a plan, and keep it; with what is said of the logins that a trial leaves alone, and whether
+    it is on trial.
 
     With `proof`, which is called here when all stands, with the plan that does, and raises where connections do not go
     where they should, only then: until it is through the plan is on trial. Raises NetapplyError.
@@ -65,12 +66,13 @@ def apply(
     with _named(arguments) as (name, fd):
         body = json.dumps(dump_plan(plan)).encode()
         result = result_of(agent.ask("PUT", f"/v1/namespaces/{name}{_query(arguments, words)}", body, fd=fd))
+        # Not told by the result: what stood already may be on trial since before.
+        on_trial = bool(seconds) and bool(agent.ask("GET", "/v1/namespaces/fd", fd=fd)["namespace"]["confirm_by"])
         if proof:
-            on_trial = result.changed or tried != plan
             _prove(agent, f"/v1/namespaces/{name}", fd, lambda: proof(tried), on_trial=on_trial)
             if on_trial and not arguments.confirm:
                 agent.ask("POST", f"/v1/namespaces/{name}/confirm", fd=fd)
-    return result, tuple(map(told_of, logins))
+    return result, tuple(map(told_of, logins)), on_trial
 
 
 def _logins(arguments: Arguments) -> tuple[Login, ...]:
@@ -119,10 +121,10 @@ def refuse(agent: client.Client, arguments: Arguments) -> None:
     """Raise NetapplyError where the agent keeps the namespace: it would put its own plan back."""
     with _named(arguments) as (_, fd):
         if _keeps(agent, fd):
-            raise NetapplyError(
-                "the agent keeps this namespace, and would put its plan back",
-                next_step="netapply apply the earlier plan, which the agent then keeps; or --alone, if you mean it",
-            )
+            step = "netapply apply the earlier plan, which the agent then keeps; or --alone, if you mean it"
+            if arguments.command == "migrate":
+                step = "add --alone; then netapply apply PLAN --backend NAME, so that the agent keeps what stands"
+            raise NetapplyError("the agent keeps this namespace, and would put its plan back", next_step=step)
 
 
 def confirm(agent: client.Client, arguments: Arguments) -> None:

@@ -8,16 +8,13 @@ from netapply import history
 from netapply.api import open_capture
 from netapply.cli.output import Printer
 from netapply.cli.words import Arguments
+from netapply.errors import NamespaceError
 from netapply.journal import Journal
 
 
 def print_history(arguments: Arguments, printer: Printer) -> int:
     """All that the state directory has, or what was done to the namespace that is named."""
-    wanted = ""
-    if arguments.netns is not None or arguments.host:
-        with open_capture(arguments.netns, host=arguments.host) as capture:
-            wanted = history.identity_of(capture.namespace.identity)
-    events = history.events(Journal(arguments.state_dir), wanted)
+    events = _events(arguments)
     if printer.json:
         printer.document("history", {"events": [event._asdict() for event in events]})
         return 0
@@ -29,6 +26,20 @@ def print_history(arguments: Arguments, printer: Printer) -> int:
         [_row(event) for event in events],
     )
     return 0
+
+
+def _events(arguments: Arguments) -> tuple[history.Event, ...]:
+    journal = Journal(arguments.state_dir)
+    if arguments.netns is None and not arguments.host:
+        return history.events(journal)
+    try:
+        with open_capture(arguments.netns, host=arguments.host) as capture:
+            return history.events(journal, history.identity_of(capture.namespace.identity))
+    except NamespaceError:  # one that is gone is told by the name that it had
+        events = tuple(event for event in history.events(journal) if event.name == arguments.netns)
+        if not events:
+            raise
+        return events
 
 
 def _row(event: history.Event) -> tuple[object, ...]:

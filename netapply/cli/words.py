@@ -37,7 +37,11 @@ def _apply(parser: Takes) -> None:
     backend(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing when all is well")
     parser.add_argument(
-        "--confirm", type=seconds, default=0.0, metavar="SECONDS", help="go back unless netapply confirm comes in time"
+        "--confirm",
+        type=some_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="go back unless netapply confirm comes in time",
     )
     probe(parser)
     how = "have connection tracking forget the flows that the plan treats otherwise than what stood before"
@@ -166,11 +170,23 @@ def states(text: str) -> int:
 
 def seconds(text: str) -> float:
     """A number of seconds. Raises argparse's error, as only argparse tells of faults."""
-    value = float(text)
-    if not 0 <= value <= 86_400:
+    return _seconds(text, 0.0)
+
+
+def some_seconds(text: str) -> float:
+    """The same, but more than none at all, which would be no trial."""
+    return _seconds(text, 0.1)
+
+
+def _seconds(text: str, least: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not least <= value <= 86_400:
         from argparse import ArgumentTypeError
 
-        raise ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
+        raise ArgumentTypeError(f"{text!r} is not a number of seconds from {least:g} to 86400")
     return value
 
 

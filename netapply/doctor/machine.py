@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from netapply.doctor.finding import Check, Finding, Sight
-from netapply.journal import DEFAULT_DIRECTORY, Journal
+from netapply.journal import DEFAULT_DIRECTORY
 
 _NET_ADMIN, _SYS_ADMIN = 12, 21  # linux/capability.h
 _LOCK = "/run/xtables.lock"
@@ -113,7 +113,7 @@ def clock(_: Sight) -> Iterator[Finding]:
 
 def journal(sight: Sight) -> Iterator[Finding]:
     """Whether the journal's directory is ours alone, has room, and goes with the machine."""
-    path = Journal().directory if sight.root == "/" else DEFAULT_DIRECTORY
+    path = sight.capture.journal.directory if sight.root == "/" else DEFAULT_DIRECTORY
     wrong = _directory(sight, "journal", path)
     if wrong:
         yield wrong
