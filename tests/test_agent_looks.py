@@ -141,14 +141,16 @@ async def test_workers_return_and_raise_for_each_who_asked() -> None:
 async def test_an_apply_upon_one_that_waits_goes_back_to_before_both() -> None:
     gone_back: list[tuple[str, Before]] = []
     trials = Trials(lambda key, before: gone_back.append((key, before)))
-    first, second = Before(None, changed=True), Before(None, changed=False)
+    first, second = Before(None, 1), Before(None, 2)
     trials.begin("a", first, 60)
     trials.begin("a", second, 0.02)
     trials.begin("b", second, 0.01)
     assert trials.extend("b", 60)
     await until(lambda: bool(gone_back))
-    assert gone_back == [("a", first)]
+    assert gone_back == [("a", Before(None, 3))]
+    assert trials.before["a"] == Before(None, 3), "until it has gone back"
     assert not trials.extend("a", 60)
+    assert trials.end("a") is None
     assert trials.end("b") is not None
     assert not trials.before
 

@@ -27,6 +27,7 @@ from netapply.agent.planfiles import (
     parse_plan_file,
 )
 from netapply.agent.subscribers import Subscribers
+from netapply.agent.trials import Before
 from netapply.errors import NamespaceError, NetapplyError, PlanError
 
 MARK = fingerprint(CapturePlan())
@@ -157,11 +158,13 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     desired.requests[trial.key] = Request(trial, {}, wanted)
     process = find_place("pid:1")
     desired.requests[process.key] = Request(process, {}, wanted)
-    store.save(str(tmp_path / "state"), desired.kept({trial.key: None}))
+    store.save(str(tmp_path / "state"), desired.kept({trial.key: Before(None, 2)}))
     kept, said = store.load(str(tmp_path / "state"))
     again = Desired("")
     assert said == ""
-    assert again.restore(kept, {}) == ()
+    unconfirmed: dict[str, Before] = {}
+    assert again.restore(kept, {}, unconfirmed.__setitem__) == ()
+    assert unconfirmed == {trial.key: Before(None, 2)}
     found = {key: (request.labels, request.wanted) for key, request in again.requests.items()}
     assert found == {
         "/run/netns/pod-1": ({"app": "pod-1"}, wanted),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from netapply.agent import store
 from netapply.agent.held import Wanted
@@ -17,6 +17,7 @@ from netapply.agent.planfiles import (
     matches_labels,
     read_plan_file,
 )
+from netapply.agent.trials import Before
 from netapply.errors import Fault, NamespaceError, PlanError
 from netapply.values import NamedTuple
 
@@ -114,22 +115,27 @@ class Desired:
                 found.setdefault(place.key, (place, file.wanted))
         return found
 
-    def kept(self, before: Mapping[str, Wanted | None]) -> store.Kept:
+    def kept(self, before: Mapping[str, Before]) -> store.Kept:
         """What is to outlast the agent. `before` is what comes back where an apply waits to be confirmed."""
         asked: list[store.Asked] = []
         for key, (place, labels, wanted) in self.requests.items():
             if place.process:
                 continue  # its pid may be another's the next time
-            meant = before.get(key, wanted)
+            meant, back = before.get(key, Before(wanted))
             file = PlanFile("api", (Selector("path", key),), meant) if meant else None
-            asked.append(store.Asked(key, place.path, dict(labels), file))
+            asked.append(store.Asked(key, place.path, dict(labels), file, 0 if meant else back))
         return store.Kept(tuple(self.files.values()), tuple(asked))
 
-    def restore(self, kept: store.Kept, descriptors: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
-        """Take up what was kept; the keys of those that cannot be found any more, each with the reason."""
+    def restore(
+        self, kept: store.Kept, descriptors: Mapping[str, int], unconfirmed: Callable[[str, Before], None]
+    ) -> tuple[tuple[str, str], ...]:
+        """Take up what was kept; the keys of those that cannot be found any more, each with the reason.
+
+        `unconfirmed` is called with what has to go back.
+        """
         lost: list[tuple[str, str]] = []
         self.files.update((file.path, file) for file in kept.files)
-        for key, spec, labels, file in kept.asked:
+        for key, spec, labels, file, back in kept.asked:
             try:
                 place = find_place(spec or descriptors[key])
             except (NamespaceError, KeyError) as error:
@@ -137,6 +143,8 @@ class Desired:
                 continue
             wanted = file.wanted._replace(source="api") if file else None
             self.requests[place.key] = Request(place, labels, wanted)
+            if back:
+                unconfirmed(place.key, Before(None, back))
         return tuple(lost)
 
     def _selectors(self) -> Iterator[Selector]:
