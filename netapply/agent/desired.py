@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from netapply.agent import store
@@ -20,6 +21,9 @@ from netapply.agent.planfiles import (
 from netapply.agent.trials import Before
 from netapply.errors import Fault, NamespaceError, PlanError
 from netapply.values import NamedTuple
+
+#: Seconds in which a file's times may stay the same though it changes.
+_YOUNG = 2.0
 
 
 class Request(NamedTuple):
@@ -47,6 +51,8 @@ class Desired:
         self.files: dict[str, PlanFile] = {}
         self.requests: dict[str, Request] = {}
         self._rejected: dict[str, tuple[Fault, ...]] = {}
+        #: What tells a file that was read from one that was changed since.
+        self._marks: dict[str, tuple[int, ...]] = {}
 
     def read_files(self) -> tuple[FileChange, ...]:
         """Read the directory; what is new, and what is wrong and was not told yet."""
@@ -61,12 +67,15 @@ class Desired:
             fault = Fault(self._directory, error.strerror or str(error), "a directory that can be read")
             return self._reject(self._directory, (fault,))
         paths = [os.path.join(self._directory, name) for name in names]
+        marks = {path: _mark(path) for path in paths}
         for path in paths:
-            changes += self._read_file(path)
-        for path in [path for path in self.files if path not in paths]:
+            if not marks[path] or marks[path] != self._marks.get(path):
+                changes += self._read_file(path)
+        self._marks = marks
+        for path in [path for path in self.files if path not in marks]:
             del self.files[path]
             changes.append(FileChange(path))
-        self._rejected = {path: faults for path, faults in self._rejected.items() if path in paths}
+        self._rejected = {path: faults for path, faults in self._rejected.items() if path in marks}
         return tuple(changes)
 
     def _read_file(self, path: str) -> tuple[FileChange, ...]:
@@ -150,6 +159,17 @@ class Desired:
     def _selectors(self) -> Iterator[Selector]:
         for file in self.files.values():
             yield from file.selectors
+
+
+def _mark(path: str) -> tuple[int, ...]:
+    """What changes with a file; () where it is so young that another change might not show."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    if not time.time() - status.st_ctime > _YOUNG:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _places(file: PlanFile, labelled: Iterable[tuple[Place, Mapping[str, str]]]) -> Iterator[Place]:
