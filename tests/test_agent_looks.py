@@ -79,6 +79,14 @@ async def test_what_does_not_hold_is_woken_to_look_at_everything() -> None:
     assert all(one.woken)
 
 
+async def test_looks_go_on_though_one_meets_what_nobody_thought_of() -> None:
+    one, other = One(), One()
+    one.held.holds = lambda: {}["a fault of ours"]
+    await looking([one, other], 5 * POLL)
+    assert len(one.woken) > 1, "who looks closer tells of the fault"
+    assert len(other.held.looks) > 1
+
+
 async def test_many_share_a_number_of_looks_evenly() -> None:
     many = [One() for _ in range(200)]
     await looking(many, 1.0, most=100)
