@@ -108,7 +108,10 @@ def _find(spec: str | int | None, label: str) -> Source:
 
 def _open_pid(pid: int) -> int:
     """The namespace of the process that has this pid now: the pidfd proves that it still had it after we looked."""
-    process = os.pidfd_open(pid)
+    try:
+        process = os.pidfd_open(pid)
+    except OverflowError:  # of a C int
+        raise ProcessLookupError(3, os.strerror(3)) from None
     try:
         fd = os.open(f"/proc/{pid}/ns/net", _OPEN)
         ended = select.poll()

@@ -321,6 +321,7 @@ async def test_the_metrics_address_answers_metrics_and_health_alone(agent: Agent
         (b"nonsense\r\n\r\n", 400),
         (b"GET /v1/namespaces HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 20_000, 431),
         (b"GET /nowhere HTTP/1.0\r\n\r\n", 404),
+        (b"GET //[ HTTP/1.0\r\n\r\n", 400),
         (b"PATCH /v1/namespaces HTTP/1.0\r\n\r\n", 405),
         (b"GET /v1/namespaces HTTP/1.0\r\ncontent-length: 5\r\n\r\nhello", 413),
         (

@@ -79,6 +79,14 @@ async def test_what_does_not_hold_is_woken_to_look_at_everything() -> None:
     assert all(one.woken)
 
 
+async def test_looks_go_on_though_one_meets_what_nobody_thought_of() -> None:
+    one, other = One(), One()
+    one.held.holds = lambda: {}["a fault of ours"]
+    await looking([one, other], 5 * POLL)
+    assert len(one.woken) > 1, "who looks closer tells of the fault"
+    assert len(other.held.looks) > 1
+
+
 async def test_many_share_a_number_of_looks_evenly() -> None:
     many = [One() for _ in range(200)]
     await looking(many, 1.0, most=100)
@@ -141,14 +149,16 @@ async def test_workers_return_and_raise_for_each_who_asked() -> None:
 async def test_an_apply_upon_one_that_waits_goes_back_to_before_both() -> None:
     gone_back: list[tuple[str, Before]] = []
     trials = Trials(lambda key, before: gone_back.append((key, before)))
-    first, second = Before(None, changed=True), Before(None, changed=False)
+    first, second = Before(None, 1), Before(None, 2)
     trials.begin("a", first, 60)
     trials.begin("a", second, 0.02)
     trials.begin("b", second, 0.01)
     assert trials.extend("b", 60)
     await until(lambda: bool(gone_back))
-    assert gone_back == [("a", first)]
+    assert gone_back == [("a", Before(None, 3))]
+    assert trials.before["a"] == Before(None, 3), "until it has gone back"
     assert not trials.extend("a", 60)
+    assert trials.end("a") is None
     assert trials.end("b") is not None
     assert not trials.before
 

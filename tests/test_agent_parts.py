@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from netapply import CapturePlan, fingerprint, load_plan
 from netapply.agent import Budget, store
+from netapply.agent import desired as desired_module
 from netapply.agent.budget import Account
 from netapply.agent.desired import Desired, Request
 from netapply.agent.events import Vanished
@@ -25,8 +26,10 @@ from netapply.agent.planfiles import (
     is_plan_file,
     matches_labels,
     parse_plan_file,
+    read_plan_file,
 )
 from netapply.agent.subscribers import Subscribers
+from netapply.agent.trials import Before
 from netapply.errors import NamespaceError, NetapplyError, PlanError
 
 MARK = fingerprint(CapturePlan())
@@ -157,11 +160,13 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     desired.requests[trial.key] = Request(trial, {}, wanted)
     process = find_place("pid:1")
     desired.requests[process.key] = Request(process, {}, wanted)
-    store.save(str(tmp_path / "state"), desired.kept({trial.key: None}))
+    store.save(str(tmp_path / "state"), desired.kept({trial.key: Before(None, 2)}))
     kept, said = store.load(str(tmp_path / "state"))
     again = Desired("")
     assert said == ""
-    assert again.restore(kept, {}) == ()
+    unconfirmed: dict[str, Before] = {}
+    assert again.restore(kept, {}, unconfirmed.__setitem__) == ()
+    assert unconfirmed == {trial.key: Before(None, 2)}
     found = {key: (request.labels, request.wanted) for key, request in again.requests.items()}
     assert found == {
         "/run/netns/pod-1": ({"app": "pod-1"}, wanted),
@@ -211,3 +216,27 @@ async def test_a_subscriber_that_lags_gets_the_newest_and_the_number_of_the_othe
     assert told[0].missed == 7
     assert [event.namespace for event in told[1:]] == ["7", "8", "9"]
     assert subscribers.lost == 7
+
+
+def test_of_many_plan_files_those_that_changed_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"{index}.yaml" for index in range(9)]
+    for path in paths:
+        path.write_text("apiVersion: netapply/v1\nnamespaces: [{path: pod-1}]\n")
+    paths[0].write_text("torn")
+    read: list[str] = []
+
+    def noted(path: str) -> PlanFile:
+        read.append(path)
+        return read_plan_file(path)
+
+    monkeypatch.setattr(desired_module, "read_plan_file", noted)
+    desired = Desired(str(tmp_path))
+    assert len(desired.read_files()) == len(paths)
+    assert (desired.read_files(), len(read)) == ((), 2 * len(paths)), "so young that a change might not show"
+    monkeypatch.setattr(desired_module, "_YOUNG", -1.0)
+    desired.read_files()
+    read.clear()
+    paths[1].write_text("apiVersion: netapply/v1\nnamespaces: [{path: pod-2}]\n")
+    paths[2].unlink()
+    assert [change.path for change in desired.read_files()] == [str(paths[1]), str(paths[2])]
+    assert (read, desired.rejected) == ([str(paths[1])], 1)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +26,7 @@ from netapply.agent.names import Names
 from netapply.agent.roster import Roster, target_of
 from netapply.agent.subscribers import Subscribers
 from netapply.agent.tally import Tally
-from netapply.agent.trials import Before, Trials
+from netapply.agent.trials import Before, Trial, Trials
 from netapply.agent.watchers import Watchers
 from netapply.agent.workers import Workers
 from netapply.errors import NamespaceError, NetapplyError
@@ -34,12 +35,21 @@ from netapply.nsfs import NamespaceId
 from netapply.plan import CapturePlan
 from netapply.planfile import fingerprint
 from netapply.results import Result, RuleCounter
+from netapply.values import NamedTuple
 
 _log = structlog.stdlib.get_logger("netapply.agent")
 #: Seconds in which an editor writes a plan file in several steps.
 _GATHER = 0.02
 #: Plans that are known by their fingerprints.
 _PLANS = 256
+
+
+class _Undo(NamedTuple):
+    """What there was before an apply: a wish and its states, what was on trial, and until when."""
+
+    before: Before
+    trial: Trial | None
+    confirm_by: float
 
 
 class Agent:
@@ -66,6 +76,7 @@ class Agent:
 
     async def __aenter__(self) -> Self:
         self.workers = Workers(self.config.concurrency)
+        self.lock_workers = Workers(self.config.concurrency)
         self.looks = Looks(self.config.poll, self.config.looks, self.workers)
         self._saving = asyncio.Lock()
         self._lock_file = LockFile()
@@ -107,21 +118,26 @@ class Agent:
         self._loop.remove_reader(self._names.fileno())
         self._loop.remove_reader(self._lock_file.fileno())
         self._loop.remove_reader(self.watchers.fileno())
-        self._trials.close()
+        for keeper in self._roster.keepers.values():
+            keeper.stop()
         if self._gathering is not None:
             self._gathering.cancel()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        keepers = list(self._roster.keepers.values())
-        await asyncio.gather(*(keeper.close() for keeper in keepers))
+        await asyncio.gather(*(keeper.close() for keeper in self._roster.keepers.values()))
+        await self._roster.parted()
+        if self._saved < self._changed:  # whoever was to write it may have been cancelled while he waited for others
+            await self._write_down()
+        self._trials.close()
         self._names.close()
         self._lock_file.close()
         self.watchers.close()
         self.workers.close()
+        self.lock_workers.close()
         self._subscribers.close()
-        for keeper in keepers:
+        for keeper in self._roster.keepers.values():
             if keeper.place.fd >= 0:
                 os.close(keeper.place.fd)
 
@@ -144,41 +160,59 @@ class Agent:
         With `confirm_within`, in seconds, what was before comes back unless `confirm` is called in time, which puts
         `meant` in its place, if that is given: `plan` may spare a login until then (`netapply.logins`). `flush` has
         connection tracking forget the flows that would be treated otherwise. Raises NetapplyError, and what was wanted
-        before stays in force; cancelled, likewise. A namespace of which a plan file speaks is refused. `reason` is for
-        the history.
+        before stays in force; cancelled, likewise, or all is as if it had not been where `plan` stands by then. A
+        namespace of which a plan file speaks is refused. `reason` is for the history.
         """
+        named, mark = target_of(target), fingerprint(plan)
+        wanted = Wanted(self._shared(mark, plan), backend, layout, mark, "api", named.fail)
+        then = wanted._replace(plan=meant, fingerprint=fingerprint(meant)) if meant is not None else None
+        undo: _Undo | None = None
+
+        def stands(keeper: Keeper, before: Wanted | None, result: Result) -> None:
+            nonlocal undo
+            key = keeper.place.key
+            undo = _Undo(Before(before, int(result.changed)), self._trials.of(key), keeper.confirm_by)
+            self._desired.requests[key] = Request(keeper.place, keeper.labels, wanted)
+            # As without an agent: what stood before needs no trial, unless it is on one, which then has more time.
+            waits = result.changed or plan.activation != "now" or then is not None or undo.trial is not None
+            self._try_out(keeper, undo.before, confirm_within if waits else 0.0, then)
+            self._names.watch_for(keeper)
+
+        while True:
+            keeper, new = await self._found_or_new(named)
+            try:
+                _refuse_filed(keeper)
+                result = await keeper.apply(wanted, reason, flush=flush, stands=partial(stands, keeper))
+            except BaseException as error:
+                if keeper.wanted is wanted:  # cancelled too late
+                    self._spawn(self._write_down())
+                elif keeper.closed and isinstance(error, NetapplyError):  # somebody else let go of it meanwhile
+                    continue
+                elif new:
+                    await self._roster.drop(keeper)
+                raise
+            try:
+                await self._save()
+            except NetapplyError:  # a wish that the next start would not know of is none, as one that is refused
+                if undo is not None:
+                    await self._undo(keeper, undo)
+                raise
+            return result
+
+    async def _undo(self, keeper: Keeper, undo: _Undo) -> None:
+        """As well as may be, all is as it was before an apply."""
+        with suppress(NetapplyError):
+            if undo.before.wanted is None:
+                await keeper.leave(undo.before.back)
+            await self._bring_back(keeper, undo.before)
+        if undo.trial is not None:
+            self._trials.resume(keeper.place.key, undo.trial)
+            keeper.confirm_by = undo.confirm_by
+
+    async def _found_or_new(self, target: str | int | Target) -> tuple[Keeper, bool]:
         if not self._running:
             raise NetapplyError("the agent does not run")
-        named = target_of(target)
-        keeper, new = self._roster.find_or_add(named)
-        before = keeper.wanted
-        mark = fingerprint(plan)
-        wanted = Wanted(self._shared(mark, plan), backend, layout, mark, "api", named.fail)
-        try:
-            _refuse_filed(keeper)
-            result = await keeper.apply(wanted, reason, flush=flush)
-        except BaseException:
-            if new:
-                await self._roster.drop(keeper)
-            raise
-        self._desired.requests[keeper.place.key] = Request(keeper.place, keeper.labels, wanted)
-        then = wanted._replace(plan=meant, fingerprint=fingerprint(meant)) if meant is not None else None
-        # As without an agent: what stood before needs no trial, unless it is on one, which then has more time.
-        earlier, until = self._trials.of(keeper.place.key), keeper.confirm_by
-        waits = result.changed or plan.activation != "now" or then is not None or earlier is not None
-        self._try_out(keeper, Before(before, result.changed), confirm_within if waits else 0.0, then)
-        self._names.watch_for(keeper)
-        try:
-            await self._save()
-        except NetapplyError:  # a wish that the next start would not know of is none: as where the kernel refuses it
-            self._trials.end(keeper.place.key)
-            with suppress(NetapplyError):
-                await self._bring_back(keeper, Before(before, result.changed))
-            if earlier is not None:
-                self._trials.resume(keeper.place.key, earlier)
-                keeper.confirm_by = until
-            raise
-        return result
+        return await self._roster.find_or_add(target_of(target))
 
     def _try_out(self, keeper: Keeper, before: Before, seconds: float, meant: Wanted | None) -> None:
         """Put what was applied on trial for so long, or with 0 on none."""
@@ -216,37 +250,47 @@ class Agent:
         keeper.confirm_by = time.time() + seconds
 
     async def go_back(self, target: str | int | Target) -> None:
-        """Bring back at once what was before an apply on trial; back when it stands. Raises NetapplyError."""
+        """Bring back at once what was before an apply on trial; back when it stands.
+
+        Raises NetapplyError; then all waits as before, as it does where whoever asked is cancelled.
+        """
         keeper = self._roster.find(target)
-        trial = self._trials.end(keeper.place.key)
+        key = keeper.place.key
+        trial = self._trials.end(key)
         if trial is None:
             raise _nothing_waits(keeper)
+        if trial.before.wanted is None:
+            try:
+                await keeper.leave(trial.before.back)
+            except BaseException:
+                self._trials.resume(key, trial)
+                raise
         await self._bring_back(keeper, trial.before)
 
     async def remove(self, target: str | int | Target, *, reason: str = "") -> Result:
         """Take down what is ours in the namespace, and keep it no more. Raises NetapplyError."""
-        if not self._running:
-            raise NetapplyError("the agent does not run")
-        keeper, _ = self._roster.find_or_add(target_of(target))
-        _refuse_filed(keeper)
-        try:
-            return await keeper.remove(reason)
-        except NamespaceError:
-            if keeper.wanted is None:
-                raise
-            keeper.wanted = None  # it is gone, and so is all that was ours there
-            return Result(changed=False, backend="", reason="the namespace is gone")
-        finally:
-            if keeper.wanted is None:
-                await self._forget(keeper)
-                self._resolve()  # a plan file may speak of it, too
+        while True:
+            keeper, _ = await self._found_or_new(target)
+            _refuse_filed(keeper)
+            try:
+                return await keeper.remove(reason)
+            except NamespaceError:
+                if keeper.wanted is None:
+                    raise
+                keeper.wanted = None  # it is gone, and so is all that was ours there
+                return Result(changed=False, backend="", reason="the namespace is gone")
+            except NetapplyError:
+                if not keeper.closed:
+                    raise  # else somebody else let go of it meanwhile
+            finally:
+                if keeper.wanted is None and not keeper.closed:
+                    await self._forget(keeper)
+                    self._resolve()  # a plan file may speak of it, too
 
     async def register(self, target: str | int | Target) -> None:
         """Make a namespace and its labels known, for plan files that select by label. Raises NetapplyError."""
-        if not self._running:
-            raise NetapplyError("the agent does not run")
         named = target_of(target)
-        keeper, _ = self._roster.find_or_add(named)
+        keeper, _ = await self._found_or_new(named)
         keeper.labels = dict(named.labels)
         wanted = keeper.wanted if keeper.wanted and keeper.wanted.source == "api" else None
         self._desired.requests[keeper.place.key] = Request(keeper.place, keeper.labels, wanted)
@@ -322,6 +366,9 @@ class Agent:
     # --- what becomes of keepers -----------------------------------------------------------------------------
 
     async def _forget(self, keeper: Keeper) -> None:
+        if self._roster.keepers.get(keeper.place.key) is not keeper:  # what is asked of its place now is not its
+            await self._roster.drop(keeper)
+            return
         self._trials.end(keeper.place.key)
         request = self._desired.requests.pop(keeper.place.key, None)
         if request is not None and request.labels and keeper.state != "gone":
@@ -337,24 +384,34 @@ class Agent:
 
     def _unconfirmed(self, key: str, before: Before) -> None:
         keeper = self._roster.keepers.get(key)
-        if keeper is not None:
+        if keeper is not None and self._running:
             self.tell(Unconfirmed(keeper.place.name, time.time()))
             _log.warning("nobody confirmed in time", namespace=keeper.place.name)
-            self._spawn(self._bring_back(keeper, before))
+            keeper.confirm_by = 0.0
+            self._spawn(self._bring_back(keeper, before) if before.wanted else self._insist(keeper, before.back))
 
     async def _bring_back(self, keeper: Keeper, before: Before) -> None:
         keeper.confirm_by = 0.0
-        request = self._desired.requests[keeper.place.key]
-        self._desired.requests[keeper.place.key] = request._replace(wanted=before.wanted)
+        self._trials.end(keeper.place.key)
         if before.wanted is None:
-            try:
-                await keeper.leave(back=before.changed)
-            finally:
-                await self._forget(keeper)
+            await self._forget(keeper)
             return
+        self._want_no_more(keeper, before.wanted)
         keeper.want(before.wanted)
         await keeper.settled()
         await self._save()
+
+    async def _insist(self, keeper: Keeper, back: int) -> None:
+        """Nobody confirmed it: have it go back, and until then let the state say so."""
+        self._want_no_more(keeper, None)
+        self._spawn(self._write_down())
+        await keeper.insist_on_leaving(back)
+        if keeper.wanted is None and self._running:
+            await self._forget(keeper)
+
+    def _want_no_more(self, keeper: Keeper, instead: Wanted | None) -> None:
+        request = self._desired.requests[keeper.place.key]
+        self._desired.requests[keeper.place.key] = request._replace(wanted=instead)
 
     def _shared(self, mark: str, plan: CapturePlan) -> CapturePlan:
         """The same object for the same plan: what was compiled and encoded of it is known by its identity."""
@@ -370,10 +427,13 @@ class Agent:
         kept, said = store.load(self.config.state)
         if said:
             _log.error("desired state was not read", reason=said)
-        for key, reason in self._desired.restore(kept, self._kept):
+        unconfirmed: dict[str, Before] = {}
+        for key, reason in self._desired.restore(kept, self._kept, unconfirmed.__setitem__):
             _log.warning("a namespace is not there any more", key=key, reason=reason)
         for request in self._desired.requests.values():
             self._roster.add(request.place, request.labels)
+        for key, before in unconfirmed.items():
+            self._trials.go_back(key, before)
 
     async def _resolve_interrupted(self) -> None:
         kept = {keeper.place.path for keeper in self._roster.keepers.values()}
@@ -458,10 +518,11 @@ class Agent:
         self._lock_file.read()
         self.looks.hint()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -121,7 +121,10 @@ class Application:
 
     def admit(self, peer: Peer, method: str, target: str) -> Admitted | Response:
         """By the head alone: is there such a thing, and may this peer ask for it."""
-        url = urlsplit(target)
+        try:
+            url = urlsplit(target)
+        except ValueError as error:
+            return self.fault(400, f"{target[:200]} cannot be read: {error}")
         found = find_endpoint(method, url.path)
         if isinstance(found, frozenset):
             if not found:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from netapply.agent import store
 from netapply.agent.held import Wanted
@@ -17,8 +18,12 @@ from netapply.agent.planfiles import (
     matches_labels,
     read_plan_file,
 )
+from netapply.agent.trials import Before
 from netapply.errors import Fault, NamespaceError, PlanError
 from netapply.values import NamedTuple
+
+#: Seconds in which a file's times may stay the same though it changes.
+_YOUNG = 2.0
 
 
 class Request(NamedTuple):
@@ -46,6 +51,8 @@ class Desired:
         self.files: dict[str, PlanFile] = {}
         self.requests: dict[str, Request] = {}
         self._rejected: dict[str, tuple[Fault, ...]] = {}
+        #: What tells a file that was read from one that was changed since.
+        self._marks: dict[str, tuple[int, ...]] = {}
 
     def read_files(self) -> tuple[FileChange, ...]:
         """Read the directory; what is new, and what is wrong and was not told yet."""
@@ -60,12 +67,15 @@ class Desired:
             fault = Fault(self._directory, error.strerror or str(error), "a directory that can be read")
             return self._reject(self._directory, (fault,))
         paths = [os.path.join(self._directory, name) for name in names]
+        marks = {path: _mark(path) for path in paths}
         for path in paths:
-            changes += self._read_file(path)
-        for path in [path for path in self.files if path not in paths]:
+            if not marks[path] or marks[path] != self._marks.get(path):
+                changes += self._read_file(path)
+        self._marks = marks
+        for path in [path for path in self.files if path not in marks]:
             del self.files[path]
             changes.append(FileChange(path))
-        self._rejected = {path: faults for path, faults in self._rejected.items() if path in paths}
+        self._rejected = {path: faults for path, faults in self._rejected.items() if path in marks}
         return tuple(changes)
 
     def _read_file(self, path: str) -> tuple[FileChange, ...]:
@@ -114,22 +124,27 @@ class Desired:
                 found.setdefault(place.key, (place, file.wanted))
         return found
 
-    def kept(self, before: Mapping[str, Wanted | None]) -> store.Kept:
+    def kept(self, before: Mapping[str, Before]) -> store.Kept:
         """What is to outlast the agent. `before` is what comes back where an apply waits to be confirmed."""
         asked: list[store.Asked] = []
         for key, (place, labels, wanted) in self.requests.items():
             if place.process:
                 continue  # its pid may be another's the next time
-            meant = before.get(key, wanted)
+            meant, back = before.get(key, Before(wanted))
             file = PlanFile("api", (Selector("path", key),), meant) if meant else None
-            asked.append(store.Asked(key, place.path, dict(labels), file))
+            asked.append(store.Asked(key, place.path, dict(labels), file, 0 if meant else back))
         return store.Kept(tuple(self.files.values()), tuple(asked))
 
-    def restore(self, kept: store.Kept, descriptors: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
-        """Take up what was kept; the keys of those that cannot be found any more, each with the reason."""
+    def restore(
+        self, kept: store.Kept, descriptors: Mapping[str, int], unconfirmed: Callable[[str, Before], None]
+    ) -> tuple[tuple[str, str], ...]:
+        """Take up what was kept; the keys of those that cannot be found any more, each with the reason.
+
+        `unconfirmed` is called with what has to go back.
+        """
         lost: list[tuple[str, str]] = []
         self.files.update((file.path, file) for file in kept.files)
-        for key, spec, labels, file in kept.asked:
+        for key, spec, labels, file, back in kept.asked:
             try:
                 place = find_place(spec or descriptors[key])
             except (NamespaceError, KeyError) as error:
@@ -137,11 +152,24 @@ class Desired:
                 continue
             wanted = file.wanted._replace(source="api") if file else None
             self.requests[place.key] = Request(place, labels, wanted)
+            if back:
+                unconfirmed(place.key, Before(None, back))
         return tuple(lost)
 
     def _selectors(self) -> Iterator[Selector]:
         for file in self.files.values():
             yield from file.selectors
+
+
+def _mark(path: str) -> tuple[int, ...]:
+    """What changes with a file; () where it is so young that another change might not show."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    if not time.time() - status.st_ctime > _YOUNG:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _places(file: PlanFile, labelled: Iterable[tuple[Place, Mapping[str, str]]]) -> Iterator[Place]:

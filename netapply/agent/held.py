@@ -16,6 +16,7 @@ from netapply.agent.watchers import Watchers
 from netapply.backend import Backend, Owned, find_backend
 from netapply.detection import lacking
 from netapply.differences import ruleset_changes
+from netapply.errors import NetapplyError
 from netapply.journal import Journal, State
 from netapply.namespace import Namespace, NamespaceId
 from netapply.ownership import ownership
@@ -289,10 +290,14 @@ class Held:
         self._proven, self._is_owner = None, False
         return core.clean(self.namespace, journal=self._journal, reason=reason)
 
-    def go_back(self, reason: str) -> Result:
-        """Bring back the state before the present one, as the journal has it. Raises NetapplyError."""
+    def go_back(self, back: int, reason: str) -> None:
+        """Bring back the state so many before the present one, as the journal has it. Raises NetapplyError."""
         self._proven, self._is_owner = None, False
-        return core.rollback(self.namespace, journal=self._journal, reason=reason)
+        try:
+            core.rollback(self.namespace, back, journal=self._journal, reason=reason)
+        except NetapplyError:
+            if self.stands():  # else it is another namespace than it was, or was cleaned
+                raise
 
     def counters(self, layout: str) -> tuple[RuleCounter, ...]:
         """Our live rules with their counters. Raises NetapplyError."""

@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import structlog
@@ -42,6 +42,8 @@ class Surroundings(Protocol):
     config: AgentConfig
     journal: Journal
     workers: Workers
+    #: For what takes the lock of the xtables tools, which somebody may hold: nothing else waits behind it.
+    lock_workers: Workers
     watchers: Watchers
     looks: Looks
     #: Sockets of an earlier agent that own tables, by key; None where tables are to have no owner.
@@ -98,83 +100,134 @@ class Keeper:
         self._active: bool | None = None
         self._failure: Exception | None = None
         self._told = Chronicle(place.name, around.tally, around.tell)
-        self._closed = False
+        #: Whether nothing more is begun here.
+        self.closed = False
 
     # --- what is asked of it ---------------------------------------------------------------------------------
 
-    async def apply(self, wanted: Wanted, reason: str = "", *, flush: bool = False) -> Result:
-        """Make the namespace hold `wanted` and keep it so. Raises NetapplyError; then the wish before stays."""
-        stop = threading.Event()
+    async def apply(
+        self,
+        wanted: Wanted,
+        reason: str = "",
+        *,
+        flush: bool = False,
+        stands: Callable[[Wanted | None, Result], None] = lambda _before, _result: None,
+    ) -> Result:
+        """Make the namespace hold `wanted` and keep it so. Raises NetapplyError; then the wish before stays.
 
-        def work() -> Brought:
+        Cancelled, likewise, unless it stands by then. `stands` is called with the wish before once it does, whether or
+        not whoever asked has left.
+        """
+        stop = threading.Event()
+        brought: Brought | None = None
+
+        def work() -> Result:
+            nonlocal brought
             asked = Asked(reason, flush)
-            return self._opened().bring(wanted, asked=asked, cancelled=stop.is_set)
+            brought = self._opened().bring(wanted, asked=asked, cancelled=stop.is_set)
+            return brought.result
 
         async with self._turn:
             if self.held is not None and not self._is_the_same(self.held):
                 self._vanish()
             if wanted.plan.activation != "now":
-                return await self._apply_waiting(wanted)
+                return await self._apply_waiting(wanted, stands)
             try:
-                brought = await self._around.workers.run(work, stop)
+                return await self._workers_for(wanted).run(work, stop)
             finally:
                 self._introduce()
-            self.wanted = wanted
-            self._not_before = 0.0
-            self._due, self._deep = self._due or brought.again, self._deep or brought.again
-            self._in_place(brought, "pending")
-            self._kick()
-            return brought.result
+                if brought is not None:
+                    before, self.wanted = self.wanted, wanted
+                    self._not_before = 0.0
+                    self._due, self._deep = self._due or brought.again, self._deep or brought.again
+                    self._in_place(brought, "pending")
+                    self._kick()
+                    stands(before, brought.result)
 
-    async def _apply_waiting(self, wanted: Wanted) -> Result:
+    async def _apply_waiting(self, wanted: Wanted, stands: Callable[[Wanted | None, Result], None]) -> Result:
         """The same of a plan that waits for its proxy: it is in force, or dormant."""
         before, self.wanted, self._not_before = self.wanted, wanted, 0.0
         self._set("pending")
         self._deep = True
-        await self._attend()
-        self._kick()
-        if self.state in ("failed", "gone"):
-            self.wanted = before
+        try:
+            await self._attend()
+        finally:
+            backend = self.held.backend if self.held else ""
+            result = Result(self.state == "inplace", backend, f"activation on-listen: {self.state}")
+            if self.state in ("failed", "gone", "pending"):
+                self.wanted = before
+            else:
+                stands(before, result)
+            self._kick()
+        if self.wanted is not wanted:
             raise self._failure or NamespaceError(self._told.error)
-        backend = self.held.backend if self.held else ""
-        return Result(self.state == "inplace", backend, f"activation on-listen: {self.state}")
+        return result
+
+    def _workers_for(self, wanted: Wanted | None) -> Workers:
+        """Who works here: others where the lock of the xtables tools is likely to be taken."""
+        backend = (self.held.backend if self.held else "") or (wanted.backend if wanted else "")
+        return self._around.lock_workers if backend == "iptables-legacy" else self._around.workers
 
     async def remove(self, reason: str = "") -> Result:
         """Take down what is ours, and keep nothing more. Raises NetapplyError."""
         async with self._turn:
-            try:
-                result = await self._around.workers.run(lambda: self._opened().clean(reason))
-            finally:
-                self._introduce()
-            self.wanted = None
-            self._set("pending")
-            self._told.removed(result)
+            return await self._take_down(reason)
+
+    async def _take_down(self, reason: str = "") -> Result:
+        wanted, result = self.wanted, None
+
+        def work() -> Result:
+            nonlocal result
+            result = self._opened().clean(reason)
             return result
 
-    async def leave(self, *, back: bool) -> None:
-        """Keep nothing more, and leave what stands; or, `back`, what stood before it. Raises NetapplyError."""
-        async with self._turn:
-            self.wanted = None
-            try:
-                if back:
-                    await self._around.workers.run(lambda: self._opened().go_back("nobody confirmed it"))
-            finally:
-                self._introduce()
+        try:
+            return await self._workers_for(wanted).run(work)
+        finally:
+            self._introduce()
+            if result is not None:
+                if self.wanted is wanted:  # else something speaks of it again by now
+                    self.wanted = None
                 self._set("pending")
+                self._told.removed(result)
+
+    async def leave(self, back: int) -> None:
+        """Keep nothing more, and leave what stood so many states before. Raises NetapplyError; then all is kept."""
+        async with self._turn:
+            await self._go_back(back)
+            self.wanted = None
+
+    async def insist_on_leaving(self, back: int) -> None:
+        """The same; where that fails it is tried again as by `withdraw`, and nothing is kept meanwhile."""
+        await self._insist(lambda: self._go_back(back))
+
+    async def _go_back(self, back: int) -> None:
+        try:
+            if back:
+                await self._workers_for(self.wanted).run(lambda: self._opened().go_back(back, "nobody confirmed it"))
+        finally:
+            self._introduce()
+        self._set("pending")
 
     async def withdraw(self) -> None:
         """Nothing speaks of the namespace any more: take down what is ours, if it is there.
 
         Where that fails it is tried again, ever more rarely. Back when it is done, or something speaks of it again.
         """
+        await self._insist(self._take_down)
+
+    async def _insist(self, work: Callable[[], Awaitable[object]]) -> None:
         self.wanted = None
-        while not (self._closed or (self.held is None and self.state == "gone")):
+        while not (self.closed or (self.held is None and self.state == "gone")):
             try:
-                await self.remove()
+                async with self._turn:
+                    if self.wanted is not None:
+                        return
+                    await work()
             except NamespaceError:
                 self._vanish()
             except NetapplyError as error:
-                if not self._closed:  # else its process ended meanwhile
+                if not self.closed:  # else its process ended meanwhile
                     self._failed(error)
                     await asyncio.sleep(self._not_before - time.monotonic())
                     if self.wanted is None:
@@ -187,8 +240,10 @@ class Keeper:
         async with self._turn:
             self._due = self._deep = True
             self._since = self._since or time.monotonic()
-            await self._attend()
-            self._kick()
+            try:
+                await self._attend()
+            finally:
+                self._kick()
 
     async def settled(self) -> None:
         """Back when what is due by now was tried."""
@@ -200,7 +255,7 @@ class Keeper:
         async with self._turn:
             layout = self.wanted.layout if self.wanted else "netapply"
             try:
-                return await self._around.workers.run(lambda: self._opened().counters(layout))
+                return await self._workers_for(self.wanted).run(lambda: self._opened().counters(layout))
             finally:
                 self._introduce()
 
@@ -216,7 +271,7 @@ class Keeper:
         """Something may have changed: look as soon as may be."""
         self._due, self._deep = True, self._deep or deep
         self._since = self._since or since or time.monotonic()
-        if self._task is None and not self._closed:
+        if self._task is None and not self.closed:
             self._task = self._loop.create_task(self._tend())
 
     def appeared(self) -> None:
@@ -244,11 +299,15 @@ class Keeper:
             return False
         return True
 
-    async def close(self) -> None:
-        """Stop, once what is being done is done. The rules stay."""
-        self._closed = True
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self.closed = True
         if self._timer is not None:
             self._timer.cancel()
+
+    async def close(self) -> None:
+        """Stop, once what is being done is done. The rules stay."""
+        self.stop()
         async with self._turn:
             self._around.tally.fail_open_seconds += self._told.open_seconds
             self._let_go()
@@ -309,17 +368,17 @@ class Keeper:
 
     async def _tend(self) -> None:
         try:
-            while self._due and not self._closed:
+            while self._due and not self.closed:
                 wait = self._not_before - time.monotonic()
                 if wait > 0:
                     self._wake_in(wait)
                     return
                 async with self._turn:
-                    if not self._closed:
+                    if not self.closed:
                         await self._attend()
         finally:
             self._task = None
-            if self._due and not self._closed and self._timer is None:
+            if self._due and not self.closed and self._timer is None:
                 self._wake_in(0.0)
 
     def _kick(self) -> None:
@@ -349,12 +408,21 @@ class Keeper:
             return
         stop = threading.Event()
         deep = deep or was not in ("inplace", "dormant")
+        done: Attended | None = None
 
-        def work() -> Attended:
-            return self._opened().attend(wanted, deep=deep, active=active, cancelled=stop.is_set)
+        def work() -> None:
+            nonlocal done
+            done = self._opened().attend(wanted, deep=deep, active=active, cancelled=stop.is_set)
 
         try:
-            done = await self._around.workers.run(work, stop)
+            await self._workers_for(wanted).run(work, stop)
+        except asyncio.CancelledError:  # whoever asked has left: what is due is due all the same
+            self._introduce()
+            if done is None:
+                self._due = self._deep = True
+            else:
+                self._done(wanted, was, done, since)
+            raise
         except NamespaceError as error:
             self._missing(error)
         except (NetapplyError, OSError) as error:
@@ -365,7 +433,8 @@ class Keeper:
             self._failed(error)
         else:
             self._introduce()
-            self._done(wanted, was, done, since)
+            if done is not None:
+                self._done(wanted, was, done, since)
 
     def _done(self, wanted: Wanted, was: State, done: Attended, since: float) -> None:
         """Note and tell what came of it."""
@@ -383,7 +452,7 @@ class Keeper:
 
     def _opened(self) -> Held:
         """The namespace, opened if need be. In a worker thread. Raises NetapplyError."""
-        if self._closed:
+        if self.closed:
             raise NetapplyError(f"{self.place.name} is not kept any more")
         if self.held is not None:
             return self.held

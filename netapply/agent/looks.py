@@ -17,7 +17,6 @@ from typing import Protocol
 
 from netapply.agent.held import Held
 from netapply.agent.workers import Workers
-from netapply.errors import NetapplyError
 
 #: Seconds between looks where the kernel tells of every change.
 SELDOM = 60.0
@@ -157,5 +156,5 @@ def _holds(held: Held) -> bool:
     """Whether it holds; where that cannot be seen, somebody has to look closer."""
     try:
         return held.holds()
-    except (NetapplyError, OSError):
+    except Exception:  # noqa: BLE001 - whoever looks closer tells what it is; all the others are looked at still
         return False

@@ -51,12 +51,12 @@ class AgentConfig(NamedTuple):
     nowhere. `journal`: None is netapply's own place. `poll`: how often is looked where the kernel tells nothing
     (iptables-legacy, vanished names, listening ports). `looks`: at how many namespaces of which the kernel tells
     nothing is looked in a second at most, all together; of many of them, each is looked at less often than `poll`
-    says. `concurrency`: worker threads at most, of which one goes on at a time unless it is held up; 0 for as many
-    as serve. `settle`: for how long changes of iptables-nft's tables are gathered after a heal, as the kernel makes
-    the next batch wait for what the last one freed. `queue`: events that a subscriber may be behind. `host`:
-    whether the machine's own namespace may be named. The sockets are those of `netapply agent`. `owned`: "auto" has
-    native tables belong to the agent where the kernel can do that, so that nobody else can change them; a table
-    that stands already stays as it is.
+    says. `concurrency`: worker threads at most, of which one goes on at a time unless it is held up, and as many for
+    what waits for the xtables lock; 0 for as many as serve. `settle`: for how long changes of iptables-nft's tables
+    are gathered after a heal, as the kernel makes the next batch wait for what the last one freed. `queue`: events
+    that a subscriber may be behind. `host`: whether the machine's own namespace may be named. The sockets are those
+    of `netapply agent`. `owned`: "auto" has native tables belong to the agent where the kernel can do that, so that
+    nobody else can change them; a table that stands already stays as it is.
     """
 
     plans: str = "/etc/netapply/plans.d"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -65,6 +66,8 @@ def is_plan_file(name: str) -> bool:
 
 def read_plan_file(path: str) -> PlanFile:
     """The file at `path`. Raises PlanError with all its faults, also where it cannot be read."""
+    if not _is_file(path):
+        raise PlanError((Fault(path, "no regular file", "a file with a plan, or a link to one"),))
     document = read_document(read_source(path), format_of(path), LIMITS, path)
     return parse_plan_file(path, document)
 
@@ -162,6 +165,8 @@ def found_by(selector: Selector) -> tuple[str, ...]:
                 return ()
             return tuple(os.path.join(directory, name) for name in sorted(fnmatch.filter(names, pattern)))
         case "pidFile":
+            if not _is_file(selector.value):
+                return ()
             try:
                 with open(selector.value, encoding="ascii") as file:
                     number = file.read(32).strip()
@@ -170,6 +175,14 @@ def found_by(selector: Selector) -> tuple[str, ...]:
             return (f"pid:{number}",) if number.isdigit() else ()
         case "label":
             return ()
+
+
+def _is_file(path: str) -> bool:
+    """Whether reading it ends: who opens a pipe waits for its writer, and the agent's loop with him."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def directories(selectors: Iterable[Selector]) -> frozenset[str]:

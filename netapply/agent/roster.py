@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 
@@ -18,6 +19,8 @@ class Roster:
     def __init__(self, around: Surroundings) -> None:
         self._around = around
         self.keepers: dict[str, Keeper] = {}
+        #: Those that are let go, once what is being done there is done.
+        self._parting: dict[Keeper, asyncio.Task[None]] = {}
         self._claims: dict[NamespaceId, Keeper] = {}
 
     def find(self, target: str | int | Target) -> Keeper:
@@ -34,12 +37,19 @@ class Roster:
             raise NamespaceError(f"the agent does not know {place.name}", next_step="see `netapply status`")
         return found
 
-    def find_or_add(self, target: Target) -> tuple[Keeper, bool]:
+    async def find_or_add(self, target: Target) -> tuple[Keeper, bool]:
         """The keeper of a namespace, and whether it is a new one. Raises NamespaceError."""
-        try:
-            return self.find(target), False
-        except NamespaceError:
-            return self.add(find_place(target.spec), target.labels), True
+        while True:
+            try:
+                return self.find(target), False
+            except NamespaceError:
+                place = find_place(target.spec)
+            parting = [task for keeper, task in self._parting.items() if keeper.place.key == place.key]
+            if not parting:
+                return self.add(place, target.labels), True
+            if place.fd >= 0:
+                os.close(place.fd)
+            await asyncio.wait(parting)
 
     def add(self, place: Place, labels: Mapping[str, str]) -> Keeper:
         """A new one."""
@@ -50,9 +60,23 @@ class Roster:
         """Let go of a namespace, whose rules stay."""
         if self.keepers.get(keeper.place.key) is keeper:
             del self.keepers[keeper.place.key]
-        await keeper.close()
-        if keeper.place.fd >= 0:
-            os.close(keeper.place.fd)
+        keeper.stop()
+        if keeper not in self._parting:
+            self._parting[keeper] = asyncio.create_task(self._part_with(keeper))
+        # Whoever waits for this may leave: who is half let go would keep all others out.
+        await asyncio.shield(self._parting[keeper])
+
+    async def _part_with(self, keeper: Keeper) -> None:
+        try:
+            await keeper.close()
+            if keeper.place.fd >= 0:
+                os.close(keeper.place.fd)
+        finally:
+            del self._parting[keeper]
+
+    async def parted(self) -> None:
+        """Back when all that are let go by now are."""
+        await asyncio.gather(*self._parting.values(), return_exceptions=True)
 
     def claim(self, keeper: Keeper, identity: NamespaceId) -> str:
         """The name of another keeper that holds this namespace; "" where it is this one's now. From any thread."""

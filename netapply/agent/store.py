@@ -17,12 +17,16 @@ _LARGEST = 256 << 20
 
 
 class Asked(NamedTuple):
-    """A namespace that was registered or given a plan through the API: `file` has the plan, or is None."""
+    """A namespace that was registered or given a plan through the API: `file` has the plan, or is None.
+
+    `back`: what stands was never confirmed, and has to go back by so many states.
+    """
 
     key: str
     spec: str
     labels: dict[str, str]
     file: PlanFile | None
+    back: int = 0
 
 
 class Kept(NamedTuple):
@@ -54,7 +58,7 @@ def load(directory: str) -> tuple[Kept, str]:
     for each in raw.get("asked", ()):
         try:
             plan = parse_plan_file("api", each["plan"]) if each["plan"] else None
-            asked.append(Asked(each["key"], each["spec"], dict(each["labels"]), plan))
+            asked.append(Asked(each["key"], each["spec"], dict(each["labels"]), plan, int(each.get("back", 0))))
         except (PlanError, KeyError, TypeError, ValueError) as error:
             said.append(f"an entry: {error}")
     return Kept(tuple(files), tuple(asked)), "; ".join(said)
@@ -71,6 +75,7 @@ def save(directory: str, kept: Kept) -> None:
                 "spec": each.spec,
                 "labels": each.labels,
                 "plan": dump_plan_file(each.file) if each.file else None,
+                "back": each.back,
             }
             for each in kept.asked
         ],

@@ -10,10 +10,10 @@ from netapply.values import NamedTuple
 
 
 class Before(NamedTuple):
-    """What comes back: a wish; or, where there was none, what stood, where the apply changed that."""
+    """What comes back: a wish; or, where there was none, what stood so many states before."""
 
     wanted: Wanted | None
-    changed: bool
+    back: int = 0
 
 
 class Trial(NamedTuple):
@@ -33,11 +33,15 @@ class Trials:
     def __init__(self, over: Callable[[str, Before], None]) -> None:
         self._over = over
         self._waiting: dict[str, Trial] = {}
+        #: Those that nobody confirmed, until they have gone back.
+        self._over_time: dict[str, Before] = {}
 
     def begin(self, key: str, before: Before, seconds: float, meant: Wanted | None = None) -> None:
         """Wait for so long. An apply upon an apply that was never confirmed goes back to before both."""
         earlier = self.end(key)
-        self._wait(key, earlier.before if earlier else before, meant, _now() + seconds)
+        if earlier is not None:
+            before = earlier.before._replace(back=earlier.before.back + before.back)
+        self._wait(key, before, meant, _now() + seconds)
 
     def of(self, key: str) -> Trial | None:
         """What waits; None where nothing does."""
@@ -51,20 +55,23 @@ class Trials:
         return trial is not None
 
     def resume(self, key: str, trial: Trial) -> None:
-        """Wait again for what `end` gave, until the same time."""
+        """Wait again for what `end` gave, until the same time; unless something else waits by now."""
+        if key in self._waiting:
+            return
         self._wait(key, trial.before, trial.meant, trial.timer.when())
 
     def end(self, key: str) -> Trial | None:
         """Wait no more; None where nothing waits."""
+        self._over_time.pop(key, None)
         trial = self._waiting.pop(key, None)
         if trial is not None:
             trial.timer.cancel()
         return trial
 
     @property
-    def before(self) -> Mapping[str, Wanted | None]:
-        """What was wanted before, by key."""
-        return {key: trial.before.wanted for key, trial in self._waiting.items()}
+    def before(self) -> Mapping[str, Before]:
+        """What is to come back, by key, unless it is confirmed."""
+        return self._over_time | {key: trial.before for key, trial in self._waiting.items()}
 
     def close(self) -> None:
         """Wait for nothing."""
@@ -78,7 +85,12 @@ class Trials:
     def _expire(self, key: str) -> None:
         trial = self.end(key)
         if trial is not None:
-            self._over(key, trial.before)
+            self.go_back(key, trial.before)
+
+    def go_back(self, key: str, before: Before) -> None:
+        """Nobody confirmed it, now or before the agent's last end."""
+        self._over_time[key] = before
+        self._over(key, before)
 
 
 def _now() -> float:
