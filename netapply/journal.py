@@ -36,6 +36,8 @@ _MEMORY = "journal"
 _KEPT = "journal files"
 
 _PIECE = 1 << 20
+#: Of the files of a namespace; those of `netapply.trial` are among them.
+_SUFFIXES = ("", ".pending", ".new", ".bad", ".trial", ".trial.new", *(f".{number}" for number in range(KEPT)))
 #: What comes behind all that an entry says: by whom and when it was written.
 _WRITTEN = ',"pid":'
 _json = json.JSONEncoder(default=hexed, separators=(",", ":"))
@@ -103,7 +105,7 @@ class Journal:
                     kept.close()
                 fd = open_private_directory(self.directory)
                 kept = _Kept(fd, self.directory, os.fstat(fd))
-            return Files(kept, _name(identity), timeout, memory)
+            return Files(kept, identity, timeout, memory)
         except OSError as error:
             raise JournalError(
                 f"state directory {self.directory} cannot be used: {error.strerror}",
@@ -155,7 +157,8 @@ def _told(status: os.stat_result) -> tuple[int, int, int, int]:
 class Files:
     """One namespace's journal file, below an open directory, under an exclusive lock until `close`."""
 
-    def __init__(self, kept: _Kept, name: str, timeout: float, memory: dict[str, object] | None) -> None:
+    def __init__(self, kept: _Kept, identity: NamespaceId, timeout: float, memory: dict[str, object] | None) -> None:
+        name = _name(identity)
         self._kept = kept
         self._keeps = memory is not None
         self._directory = kept.directory
@@ -167,11 +170,30 @@ class Files:
         self._former: Entry | None = None
         self._may_be_pending = True
         self._lock_is_gone = False
+        # Of its inode number, which another namespace has as soon as this one is gone.
+        self._lock_name = f"{identity.device}-{identity.inode}.lock"
         try:
-            kept.lock = _lock(kept, f"{name}.lock", timeout)
+            kept.lock = _lock(kept, self._lock_name, timeout)
+            with suppress(OSError, JournalError):  # a full disk: then it is for whoever has the number next
+                self._bury()
         except BaseException:
             kept.close()
             raise
+
+    def _bury(self) -> None:
+        """The lock file says of which namespace there are files: remove those of one that is gone.
+
+        No two that live have the same inode number.
+        """
+        said = os.pread(self._kept.lock, 256, 0).decode("ascii", "replace")
+        if said == self._name:
+            return
+        number, _, cookie = said.rpartition("-")
+        if f"{number}.lock" == self._lock_name and cookie.isdigit():
+            for suffix in _SUFFIXES:
+                self._unlink(said + suffix)
+        os.ftruncate(self._kept.lock, 0)
+        os.pwrite(self._kept.lock, self._name.encode(), 0)
 
     def close(self) -> None:
         """Let others in."""
@@ -308,7 +330,7 @@ class Files:
         self._former = None
         self._unlink(self._name)
         self.discard()
-        self._unlink(f"{self._name}.lock")
+        self._unlink(self._lock_name)
         self._lock_is_gone = True
 
     def set_aside(self) -> str:

@@ -98,3 +98,33 @@ def test_a_link_in_the_place_of_the_history_is_not_followed(netns: Netns, tmp_pa
     assert (tmp_path / "victim").read_text() == "as it was"
     with pytest.raises(JournalError):
         _history(netns, place)
+
+
+def test_files_of_a_namespace_that_is_gone_go_when_another_has_its_inode_number(netns: Netns, tmp_path: Path) -> None:
+    """So there are no more of them than there were namespaces at a time, however many come and go."""
+    with netapply.open(netns.path, state_directory=str(tmp_path)) as capture:
+        for plan in (CapturePlan(), CapturePlan(ipv6="skip"), CapturePlan()):
+            capture.apply(plan)
+        identity = capture.namespace.identity
+    before = f"{identity.device}-{identity.inode}-{identity.cookie}"
+    assert {each.name for each in tmp_path.glob(f"{before}*")} == {before, f"{before}.0", f"{before}.1"}
+    other = identity._replace(inode=1)
+    journal = Journal(str(tmp_path))
+    for another in (identity, other):
+        journal.acquire(another, 1.0).close()
+        assert (tmp_path / before).exists()
+    journal.acquire(identity._replace(cookie=identity.cookie + 1), 1.0).close()
+    assert not list(tmp_path.glob(f"{before}*"))
+
+
+def test_a_lock_file_that_says_something_else_removes_nothing(netns: Netns, tmp_path: Path) -> None:
+    with netapply.open(netns.path, state_directory=str(tmp_path)) as capture:
+        capture.apply(CapturePlan())
+        identity = capture.namespace.identity
+    (lock,) = tmp_path.glob("*.lock")
+    (tmp_path / "history.0").touch()
+    for said in ("history", "../../etc/passwd", f"{lock.stem}-", f"{lock.stem}-1/../history", "\xff", "x" * 9000):
+        lock.write_text(said, encoding="latin-1")
+        Journal(str(tmp_path)).acquire(identity, 1.0).close()
+    there = {each.name for each in tmp_path.iterdir()}
+    assert there == {lock.name, f"{lock.stem}-{identity.cookie}", "history", "history.0"}
