@@ -88,14 +88,22 @@ def test_more_time_is_given(netns: Netns, tmp_path: Path) -> None:
         until(capture, set())
 
 
-def test_who_applies_something_else_ends_the_trial(netns: Netns, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "port", "said"),
+    [("c", 17001, "effective: yes"), ("b", 16001, "not any more")],
+    ids=["another", "the same"],
+)
+def test_who_applies_something_for_good_ends_the_trial(
+    netns: Netns, tmp_path: Path, name: str, port: int, said: str
+) -> None:
     with netapply.open(netns.path) as capture:
         run("apply", plan(tmp_path, "a", 15001), netns=netns)
-        run("apply", plan(tmp_path, "b", 16001), "--confirm", "2", netns=netns)
-        run("apply", plan(tmp_path, "c", 17001), netns=netns)
+        run("apply", plan(tmp_path, "b", 16001), "--confirm", "3", netns=netns)
+        done = run("apply", plan(tmp_path, name, port), netns=netns)
+        assert said in done.stdout + done.stderr
         assert run("confirm", netns=netns).returncode == 1
-        time.sleep(3.5)
-        assert ports(capture) == {17001}
+        time.sleep(4.5)
+        assert ports(capture) == {port}
 
 
 def test_what_stands_already_is_not_on_trial(netns: Netns, tmp_path: Path) -> None:
@@ -105,17 +113,6 @@ def test_what_stands_already_is_not_on_trial(netns: Netns, tmp_path: Path) -> No
         assert "nothing is on trial" in done.stdout + done.stderr
         time.sleep(2)
         assert ports(capture) == {15001}
-
-
-def test_who_applies_what_is_on_trial_for_good_keeps_it(netns: Netns, tmp_path: Path) -> None:
-    with netapply.open(netns.path) as capture:
-        run("apply", plan(tmp_path, "a", 15001), netns=netns)
-        run("apply", plan(tmp_path, "b", 16001), "--confirm", "3", netns=netns)
-        done = run("apply", plan(tmp_path, "b", 16001), netns=netns)
-        assert "not any more" in done.stdout + done.stderr
-        assert run("confirm", netns=netns).returncode == 1
-        time.sleep(4.5)
-        assert ports(capture) == {16001}
 
 
 def test_who_tries_again_what_is_on_trial_gives_it_more_time(netns: Netns, tmp_path: Path) -> None:

@@ -396,22 +396,22 @@ class Agent:
         if before.wanted is None:
             await self._forget(keeper)
             return
-        self._want_no_more(keeper, before.wanted)
+        self._change_request(keeper, before.wanted)
         keeper.want(before.wanted)
         await keeper.settled()
         await self._save()
 
     async def _insist(self, keeper: Keeper, back: int) -> None:
         """Nobody confirmed it: have it go back, and until then let the state say so."""
-        self._want_no_more(keeper, None)
+        self._change_request(keeper, None)
         self._spawn(self._write_down())
         await keeper.insist_on_leaving(back)
         if keeper.wanted is None and self._running:
             await self._forget(keeper)
 
-    def _want_no_more(self, keeper: Keeper, instead: Wanted | None) -> None:
+    def _change_request(self, keeper: Keeper, wanted: Wanted | None) -> None:
         request = self._desired.requests[keeper.place.key]
-        self._desired.requests[keeper.place.key] = request._replace(wanted=instead)
+        self._desired.requests[keeper.place.key] = request._replace(wanted=wanted)
 
     def _shared(self, mark: str, plan: CapturePlan) -> CapturePlan:
         """The same object for the same plan: what was compiled and encoded of it is known by its identity."""
@@ -518,11 +518,10 @@ class Agent:
         self._lock_file.read()
         self.looks.hint()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
-        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -167,7 +167,7 @@ def _mark(path: str) -> tuple[int, ...]:
         status = os.stat(path)
     except (OSError, ValueError):
         return ()
-    if not time.time() - status.st_ctime > _YOUNG:
+    if time.time() - status.st_ctime <= _YOUNG:
         return ()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

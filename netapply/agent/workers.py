@@ -1,7 +1,7 @@
 """Worker threads of one agent: kernel calls are synchronous, and none is left half-way by who is cancelled.
 
-One thread works at a time as a rule: two would only take the interpreter from each other, at a cost of half as much
-again. Where the one at work is held up, by a lock that somebody holds or by the kernel, another goes on.
+One thread works at a time as a rule: more of them would only take the interpreter from each other, and four cost twice
+as much. Where the one at work is held up, by a lock that somebody holds or by the kernel, another goes on.
 """
 
 from __future__ import annotations
